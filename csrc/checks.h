@@ -1,0 +1,190 @@
+// What every operator demands of its arguments, and the sizes that follow. Shared by all backends, so that
+// a call is refused with the same words wherever its tensors live.
+#pragma once
+#include "error.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace torch_curvature {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+inline std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << ']';
+  return text.str();
+}
+inline Sizes sizes_of(const Tensor& t) {
+  auto s = t.sizes();
+  return Sizes(s.begin(), s.end());
+}
+inline std::string shape_text(const Tensor& t) { return shape_text(sizes_of(t)); }
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+// One tensor argument of an operator, under the name the user knows it by.
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline void check_floating(const char* op, const Argument& x) {
+  switch (x.tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return;
+    default:
+      CURVATURE_CHECK(false, op, ": '", x.name, "' is ", dtype_name(x.tensor.scalar_type()),
+                      ", but this operator takes float32, float64, bfloat16 and float16. Convert it, e.g. ", x.name,
+                      ".float().");
+  }
+}
+inline void check_alike(const char* op, const Argument& x, const Argument& y) {
+  CURVATURE_CHECK(x.tensor.scalar_type() == y.tensor.scalar_type(), op, ": '", x.name, "' is ",
+                  dtype_name(x.tensor.scalar_type()), " and '", y.name, "' is ", dtype_name(y.tensor.scalar_type()),
+                  ". Convert one of them so that both have one dtype.");
+  CURVATURE_CHECK(x.tensor.is_cpu() == y.tensor.is_cpu() && x.tensor.get_device_index() == y.tensor.get_device_index(),
+                  op, ": '", x.name, "' and '", y.name,
+                  "' are on different devices. Move one of them with .to(device).");
+}
+// `axes` names the trailing axes, e.g. "m, n".
+inline void check_rank(const char* op, const Argument& x, int64_t rank, const char* axes) {
+  CURVATURE_CHECK(x.tensor.dim() >= rank, op, ": '", x.name, "' has shape ", shape_text(x.tensor), ", but at least ",
+                  rank, " axes are needed: [*, ", axes, "].");
+}
+inline void check_size(const char* op, const Argument& x, int64_t axis, int64_t expected, const std::string& why) {
+  CURVATURE_CHECK(x.tensor.size(axis) == expected, op, ": '", x.name, "' has shape ", shape_text(x.tensor),
+                  ", but its axis ", axis - x.tensor.dim(), " must be ", expected, " ", why, ".");
+}
+
+inline int64_t product(const Sizes& sizes) {
+  int64_t p = 1;
+  for (int64_t s : sizes) p *= s;
+  return p;
+}
+
+// The leading axes of x and y (all but the last `x_core` and `y_core`), broadcast against each other as torch does.
+inline Sizes broadcast_batch(const char* op, const Argument& x, int64_t x_core, const Argument& y, int64_t y_core) {
+  const int64_t nx = x.tensor.dim() - x_core, ny = y.tensor.dim() - y_core, n = nx > ny ? nx : ny;
+  Sizes batch(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t ix = i - (n - nx), iy = i - (n - ny);
+    const int64_t sx = ix < 0 ? 1 : x.tensor.size(ix), sy = iy < 0 ? 1 : y.tensor.size(iy);
+    CURVATURE_CHECK(sx == sy || sx == 1 || sy == 1, op, ": the leading axes of '", x.name, "' ", shape_text(x.tensor),
+                    " and '", y.name, "' ", shape_text(y.tensor), " do not broadcast: ", sx, " against ", sy, ".");
+    batch[i] = sx == 1 ? sy : sx;
+  }
+  return batch;
+}
+
+inline void check_out(const char* op, const Tensor& out, const Tensor& like, const Sizes& expected) {
+  check_alike(op, {"out", out}, {"the inputs", like});
+  CURVATURE_CHECK(sizes_of(out) == expected, op, ": 'out' has shape ", shape_text(out), ", but the result has shape ",
+                  shape_text(expected), ".");
+  CURVATURE_CHECK(out.is_contiguous(), op,
+                  ": 'out' must be contiguous. Pass a contiguous tensor, or leave 'out' away.");
+}
+
+// outer: u [*, m], v [*, n] -> [*, m, n]
+struct OuterSizes {
+  Sizes batch, result;
+  int64_t m, n;
+};
+inline OuterSizes check_outer(const Tensor& u, const Tensor& v) {
+  const char* op = "outer";
+  check_floating(op, {"u", u});
+  check_floating(op, {"v", v});
+  check_alike(op, {"u", u}, {"v", v});
+  check_rank(op, {"u", u}, 1, "m");
+  check_rank(op, {"v", v}, 1, "n");
+  OuterSizes s{broadcast_batch(op, {"u", u}, 1, {"v", v}, 1), {}, u.size(u.dim() - 1), v.size(v.dim() - 1)};
+  s.result = s.batch;
+  s.result.insert(s.result.end(), {s.m, s.n});
+  return s;
+}
+
+// frobenius_inner: a [*, m, n], b [*, m, n] -> [*]
+struct FrobeniusSizes {
+  Sizes batch;
+  int64_t m, n;
+};
+inline FrobeniusSizes check_frobenius_inner(const Tensor& a, const Tensor& b) {
+  const char* op = "frobenius_inner";
+  check_floating(op, {"a", a});
+  check_floating(op, {"b", b});
+  check_alike(op, {"a", a}, {"b", b});
+  check_rank(op, {"a", a}, 2, "m, n");
+  check_rank(op, {"b", b}, 2, "m, n");
+  FrobeniusSizes s{broadcast_batch(op, {"a", a}, 2, {"b", b}, 2), a.size(a.dim() - 2), a.size(a.dim() - 1)};
+  check_size(op, {"b", b}, b.dim() - 2, s.m, "like that of 'a' " + shape_text(a));
+  check_size(op, {"b", b}, b.dim() - 1, s.n, "like that of 'a' " + shape_text(a));
+  return s;
+}
+
+// kronecker_sum: b [*, N, O, O2], a [*, N, I], a2 [*, N, I2] -> [*, O I, O2 I2]
+struct KroneckerSizes {
+  Sizes batch, result;
+  int64_t N, O, O2, I, I2;
+};
+inline KroneckerSizes check_kronecker_sum(const Tensor& b, const Tensor& a, const std::optional<Tensor>& a2,
+                                          bool symmetric) {
+  const char* op = "kronecker_sum";
+  const Tensor& right = a2 ? *a2 : a;
+  for (const Argument& x : {Argument{"b", b}, Argument{"a", a}, Argument{"a2", right}}) check_floating(op, x);
+  check_alike(op, {"b", b}, {"a", a});
+  check_alike(op, {"b", b}, {"a2", right});
+  check_rank(op, {"b", b}, 3, "N, O, O2");
+  check_rank(op, {"a", a}, 2, "N, I");
+  check_rank(op, {"a2", right}, 2, "N, I2");
+  KroneckerSizes s{{},
+                   {},
+                   b.size(b.dim() - 3),
+                   b.size(b.dim() - 2),
+                   b.size(b.dim() - 1),
+                   a.size(a.dim() - 1),
+                   right.size(right.dim() - 1)};
+  check_size(op, {"a", a}, a.dim() - 2, s.N, "(N) like that of 'b' " + shape_text(b));
+  check_size(op, {"a2", right}, right.dim() - 2, s.N, "(N) like that of 'b' " + shape_text(b));
+  CURVATURE_CHECK(!symmetric || (!a2 && s.O == s.O2), op,
+                  ": symmetric=True says that b[n] is symmetric and that 'a2' is left out; got ",
+                  (a2 ? "an 'a2'" : "no 'a2'"), " and 'b' of shape ", shape_text(b), ".");
+  s.batch = broadcast_batch(op, {"b", b}, 3, {"a", a}, 2);
+  if (a2) {
+    // The third operand may widen the batch further; its own axes are checked against the first two.
+    const Sizes others = broadcast_batch(op, {"b", b}, 3, {"a2", right}, 2);
+    const Sizes also = broadcast_batch(op, {"a", a}, 2, {"a2", right}, 2);
+    Sizes widest = s.batch;
+    for (const Sizes* z : {&others, &also})
+      for (size_t i = 0; i < z->size(); ++i) {
+        if (widest.size() < z->size()) widest.insert(widest.begin(), z->size() - widest.size(), 1);
+        int64_t& w = widest[widest.size() - 1 - i];
+        const int64_t x = (*z)[z->size() - 1 - i];
+        if (w == 1) w = x;
+      }
+    s.batch = widest;
+  }
+  s.result = s.batch;
+  s.result.insert(s.result.end(), {s.O * s.I, s.O2 * s.I2});
+  return s;
+}
+}  // namespace torch_curvature

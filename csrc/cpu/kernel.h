@@ -1,0 +1,49 @@
+// What every CPU kernel's registration needs: results, dtype dispatch, and work shared among torch's own threads.
+#pragma once
+#include "../strided.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace torch_curvature::cpu {
+
+// A fresh, uninitialised result. Refused by its size before anything is allocated; large ones ask for huge pages.
+inline Tensor new_result(const char* op, const Tensor& like, const Sizes& sizes) {
+  int64_t bytes = 1;
+  for (int64_t s : sizes)
+    CURVATURE_CHECK(!__builtin_mul_overflow(bytes, s, &bytes), op, ": the result ", shape_text(sizes),
+                    " has more elements than 64 bits count.");
+  check_fits(op, shape_text(sizes), static_cast<double>(bytes) * like.element_size());
+  bytes *= like.element_size();
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle =
+      nullptr;  // the C call itself: a trip through the dispatcher costs as much as a tiny operator
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  Tensor out(handle);
+  advise_huge_pages(out.data_ptr(), bytes);
+  return out;
+}
+
+// Calls f with a null pointer of the C++ type that holds `dtype`.
+template <class F>
+void dispatch_floating(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: f(static_cast<float*>(nullptr)); break;
+    case ScalarType::Double: f(static_cast<double*>(nullptr)); break;
+    case ScalarType::Half: f(static_cast<c10::Half*>(nullptr)); break;
+    case ScalarType::BFloat16: f(static_cast<c10::BFloat16*>(nullptr)); break;
+    default: CURVATURE_CHECK(false, "unsupported dtype");
+  }
+}
+
+// Splits [0, count) among torch's threads; `cost` is the work of one item in elements touched.
+template <class F>
+void parallel_over(int64_t count, int64_t cost, const F& f) {
+  constexpr int64_t kGrain = 32768;
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)), f);
+}
+}  // namespace torch_curvature::cpu

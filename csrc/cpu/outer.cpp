@@ -1,0 +1,67 @@
+// outer: out[b, i, j] = u[b, i] v[b, j]
+// Shapes: u [B, m], v [B, n], out [B, m, n]. Bytes moved: B (m + n + m n) elements, all but B (m + n) of them writes.
+// A thread takes a run of whole rows (b, i) of the output.
+#include "kernel.h"
+
+namespace torch_curvature::cpu {
+namespace {
+
+// n products of one scalar: the row of an outer product.
+template <class T>
+CURVATURE_INLINE void scaled_row(T scale, const T* __restrict__ v, int64_t stride, T* __restrict__ out, int64_t n) {
+  using A = accumulate_t<T>;
+  const A x = scale;
+  if (stride == 1) {
+    for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x * static_cast<A>(v[j]));
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x * static_cast<A>(v[j * stride]));
+  }
+}
+
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t batch, stride;
+};
+
+template <class T>
+CURVATURE_CLONES void outer_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, int64_t first,
+                                 int64_t last) {
+  int64_t b = first / m, i = first % m;
+  for (int64_t row = first; row < last; ++row) {
+    scaled_row(u.data[b * u.batch + i * u.stride], v.data + b * v.batch, v.stride, out + row * n, n);
+    if (++i == m) i = 0, ++b;
+  }
+}
+
+void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& out) {
+  const int64_t rows = product(s.batch) * s.m;
+  if (rows == 0 || s.n == 0) return;
+  const auto su = strided<1>(u, s.batch), sv = strided<1>(v, s.batch);
+  dispatch_floating(u.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Operand<T> pu{su.data<T>(), su.batch, su.core[0]}, pv{sv.data<T>(), sv.batch, sv.core[0]};
+    T* po = static_cast<T*>(out.data_ptr());
+    parallel_over(rows, s.n, [&](int64_t first, int64_t last) { outer_rows<T>(pu, pv, po, s.m, s.n, first, last); });
+  });
+}
+
+Tensor outer(const Tensor& u, const Tensor& v) {
+  const OuterSizes s = check_outer(u, v);
+  Tensor out = new_result("outer", u, s.result);
+  outer_into(u, v, s, out);
+  return out;
+}
+
+void outer_out(const Tensor& u, const Tensor& v, Tensor out) {
+  const OuterSizes s = check_outer(u, v);
+  check_out("outer", out, u, s.result);
+  outer_into(u, v, s, out);
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
+  m.impl("outer", TORCH_BOX(&outer));
+  m.impl("outer_out", TORCH_BOX(&outer_out));
+}
+}  // namespace torch_curvature::cpu

@@ -1,0 +1,51 @@
+// Every operator's schema, and the Python module that carries build information and brings the operators in.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include <map>
+#include <string>
+
+// `op` allocates its result; `op_out` writes into a contiguous tensor of the right shape.
+STABLE_TORCH_LIBRARY(torch_curvature, m) {
+  // [*, m], [*, n] -> [*, m, n]
+  m.def("outer(Tensor u, Tensor v) -> Tensor");
+  m.def("outer_out(Tensor u, Tensor v, Tensor(a!) out) -> ()");
+  // [*, m, n], [*, m, n] -> [*]
+  m.def("frobenius_inner(Tensor a, Tensor b) -> Tensor");
+  // [*, N, O, O2], [*, N, I], [*, N, I2] -> [*, O I, O2 I2]
+  m.def("kronecker_sum(Tensor b, Tensor a, Tensor? a2, bool symmetric) -> Tensor");
+  m.def("kronecker_sum_out(Tensor b, Tensor a, Tensor? a2, bool symmetric, Tensor(a!) out) -> ()");
+}
+
+namespace {
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+#if !defined(__clang__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
+#endif
+  return "x86-64";
+#elif defined(__aarch64__)
+  return "aarch64";
+#else
+  return "generic";
+#endif
+}
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of torch_curvature, registered as torch.ops.torch_curvature.*";
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"compiler", __VERSION__},
+#ifdef TORCH_CURVATURE_CUDA
+        {"cuda", TORCH_CURVATURE_CUDA},
+#else
+        {"cuda", "not compiled"},
+#endif
+        {"instruction set", instruction_set()},
+    };
+  });
+}
