@@ -1,12 +1,14 @@
 """The oracle: every derivative and curvature matrix of this package by its definition, slow and obvious.
 
-Nothing here is fast and nothing of the rest of the package is used, so that every fast path can be tested against it.
-The routes are reverse mode and reverse mode over reverse mode, which torch has right where `torch.func.hessian` is not;
-functions for which they are wrong too are written out, and a Hessian that is not symmetric is refused.
+Nothing here is fast and nothing of the rest of the package is used, so that every fast path can be tested
+against it. The routes are reverse mode and reverse mode over reverse mode, which torch has right where
+`torch.func.hessian` is not; functions for which they are wrong too are written out, and a Hessian that is not
+symmetric is refused.
 
-`data` is one batch `(inputs, targets)`; `inputs` is a tensor, a tuple (positional arguments) or a mapping (keyword
-arguments); `loss_fn(outputs, targets)` gives a scalar. The P axis of a matrix holds the parameters of `parameters(model)`,
-each flattened, concatenated; the C axis holds the outputs of one sample, `outputs.shape[1:]` flattened in C order.
+`data` is one batch `(inputs, targets)`; `inputs` is a tensor, a tuple (positional arguments) or a mapping
+(keyword arguments); `loss_fn(outputs, targets)` gives a scalar. The P axis of a matrix holds the parameters
+of `parameters(model)`, each flattened, concatenated; the C axis holds the outputs of one sample,
+`outputs.shape[1:]` flattened in C order.
 """
 
 from .curvature import gauss_newton, hessian, residual

@@ -26,7 +26,10 @@ def gauss_newton(
 def residual(
     model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None
 ) -> Tensor:
-    """`R = sum_k (J_L)_k H_{N_k}`, `[P, P]`, over all outputs k of all samples: the Hessian of `j_L . N(w)`, `j_L` held fixed."""
+    """`R = sum_k (J_L)_k H_{N_k}`, `[P, P]`, over all outputs k of all samples.
+
+    It is the Hessian of `j_L . N(w)`, with `j_L` held fixed.
+    """
     inputs, targets = split_data(data)
     point = evaluate(model, inputs, only)
     fixed = output_gradient(loss_fn, point.outputs, targets)

@@ -36,9 +36,9 @@ class Evaluation:
 def parameters(model: nn.Module, only: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters that the matrices of this package are about: name -> parameter.
 
-    Those with `requires_grad`, in the order of `model.named_parameters()`; a tied parameter stands once, under its
-    first name. Each is flattened in C order, and all are concatenated to the P axis of a matrix. `only` keeps the named
-    ones, still in the order of the model.
+    Those with `requires_grad`, in the order of `model.named_parameters()`; a tied parameter stands once,
+    under its first name. Each is flattened in C order, and all are concatenated to the P axis of a matrix.
+    `only` keeps the named ones, still in the order of the model.
 
     Raises:
         ValueError: a name in `only` that is not a trainable parameter of the model, or no parameter left.
@@ -78,7 +78,7 @@ def split_data(data: Data) -> Data:
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `forward`: a tensor, a tuple (positional) or a mapping (keyword)."""
+    """Positional and keyword arguments of `forward`: from a tensor, a tuple or a mapping."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
@@ -86,7 +86,8 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     raise TypeError(
-        f"inputs must be a tensor, a tuple (positional arguments) or a mapping (keyword arguments), got {type(inputs).__name__}"
+        "inputs must be a tensor, a tuple (positional arguments) or a mapping (keyword arguments), "
+        f"got {type(inputs).__name__}"
     )
 
 
@@ -94,8 +95,8 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def differentiable_forward() -> Iterator[None]:
     """Inside, a forward pass records only functions whose second derivatives are right.
 
-    Attention takes torch's plain kernel and leaves the fused inference path of transformer layers alone; functions whose
-    own second derivatives are wrong or missing are written out (see `written_out`).
+    Attention takes torch's plain kernel and leaves the fused inference path of transformer layers alone;
+    functions whose own second derivatives are wrong or missing are written out (see `written_out`).
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -115,7 +116,8 @@ def run(model: nn.Module, variables: Mapping[str, Tensor], inputs: Inputs) -> Te
         outputs = functional_call(model, {**buffers, **frozen, **variables}, positional, keywords)
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"the model returned {type(outputs).__name__}, a tensor [N, *] is needed: wrap it in a module that picks the output"
+            f"the model returned {type(outputs).__name__}, a tensor [N, *] is needed: "
+            "wrap it in a module that picks the output"
         )
     if outputs.ndim == 0:
         raise ValueError(
@@ -138,7 +140,7 @@ def evaluate(model: nn.Module, inputs: Inputs, only: Iterable[str] | None = None
 
 
 def check(model: nn.Module, variables: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """The outputs, if they are numbers, the same in every run, and each sample's its own; raises as `evaluate` does."""
+    """The outputs, if they are numbers, the same in every run, and each sample's its own; else raises."""
     _refuse_batch_statistics(model)
     devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
@@ -154,8 +156,9 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{name or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, so an output "
-                "depends on other samples and has no derivative of its own: call model.eval(), or use running statistics"
+                f"{name or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, so "
+                "an output depends on other samples and has no derivative of its own: call model.eval(), or use "
+                "running statistics"
             )
 
 
@@ -181,8 +184,9 @@ def _refuse_dependent_samples(
     repeated = run(model, variables, tree_map(repeat_first, inputs))
     if repeated.shape != outputs.shape or not _same(repeated[:1], outputs[:1]):
         raise ValueError(
-            "the outputs of sample 0 change with the inputs of other samples, so a derivative per sample is not defined; "
-            f"the first axis of the outputs {tuple(outputs.shape)} must be that of independent samples"
+            "the outputs of sample 0 change with the inputs of other samples, so a derivative per sample "
+            "is not defined; the first axis of the outputs "
+            f"{tuple(outputs.shape)} must be that of independent samples"
         )
 
 

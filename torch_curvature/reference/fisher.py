@@ -1,4 +1,4 @@
-"""The Fisher information matrix, exact, and the second moment of per-sample gradients ("empirical Fisher")."""
+"""The exact Fisher information matrix, and the second moment of per-sample gradients ("empirical Fisher")."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,11 +22,12 @@ def fisher(
     only: Iterable[str] | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """`F = (1/D) sum_n sum_t w_t E_y [s s^T]`, `[P, P]`: `s = J_N^T d(-log p(y | output_t)) / d output`, `y` from the model.
+    """`F = (1/D) sum_n sum_t w_t E_y [s s^T]`, `[P, P]`, `s = J_N^T d(-log p(y | output_t)) / d output`.
 
-    `t` runs over the predictions of a sample (its tokens, or its elements), `D` is what the loss divides by, and `w_t` the
-    weight with which the loss counts the prediction (class weight of the target, `pos_weight`, 0 where it is ignored):
-    weights belong to the data, the expectation is over the model's own predictive distribution. Amari, 1998.
+    `y` is drawn from the model. `t` runs over the predictions of a sample (its tokens, or its elements), `D`
+    is what the loss divides by, and `w_t` the weight with which the loss counts the prediction (class weight
+    of the target, `pos_weight`, 0 where it is ignored): weights belong to the data, the expectation is over
+    the model's own predictive distribution. Amari, 1998.
     """
     inputs, targets = split_data(data)
     point = evaluate(model, inputs, only)
@@ -43,9 +44,10 @@ def empirical_fisher(
     only: Iterable[str] | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """`E = (1/D) sum_n (grad c_n)(grad c_n)^T`, `[P, P]`, where `loss = (1/D) sum_n c_n` and n is one sample of the batch.
+    """`E = (1/D) sum_n (grad c_n)(grad c_n)^T`, `[P, P]`, where `loss = (1/D) sum_n c_n`.
 
-    All tokens of a sample belong to it. `D` is found from the reduction of the loss unless given.
+    n is one sample of the batch: all tokens of a sample belong to it. `D` is found from the reduction of the
+    loss unless given.
     """
     inputs, targets = split_data(data)
     point = evaluate(model, inputs, only)
@@ -75,7 +77,7 @@ def output_fisher(
 
 
 def _categorical(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
-    """`-log softmax(u)[y]`: score `p - e_y`, so `w (diag p - p p^T)` over the classes (axis 1) of each prediction."""
+    """`-log softmax(u)[y]`, classes on axis 1: score `p - e_y`, so `w (diag p - p p^T)`."""
     p = outputs.softmax(1).movedim(1, -1)
     weights = _class_weights(loss_fn, outputs, targets)
     return _blocks(
@@ -94,7 +96,7 @@ def _categorical_log(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) ->
 
 
 def _class_weights(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
-    """`sum_c w_c y_c` for each prediction, `[N, *]`: y is one-hot, smoothed, or given as probabilities; 0 where ignored."""
+    """`sum_c w_c y_c` of each prediction, `[N, *]`: y one-hot, smoothed or soft; 0 where ignored."""
     classes = outputs.shape[1]
     weight = option(loss_fn, "weight")
     weight = outputs.new_ones(classes) if weight is None else weight.to(outputs)

@@ -29,7 +29,7 @@ def loss_value(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
 def loss_jacobian(
     loss_fn: LossFunction, outputs: Tensor, targets: Any, *, form: Literal["row", "column"] = "row"
 ) -> Tensor:
-    """`d loss / d outputs` as a row `J_L [1, N*C]`, or as a column `j_L = J_L^T [N*C, 1]`; outputs in C order."""
+    """`d loss / d outputs` as a row `J_L [1, N*C]` or a column `j_L = J_L^T [N*C, 1]`, outputs in C order."""
     if form not in ("row", "column"):
         raise ValueError(f"form must be 'row' or 'column', got {form!r}")
     row = output_gradient(loss_fn, outputs, targets).reshape(1, -1)
@@ -53,8 +53,8 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """Each sample's share of the gradient of the batch loss: name -> `[N, *shape]`; they sum to `p.grad`.
 
-    The share of sample n is `sum_c (d loss / d output_c(n)) (d output_c(n) / d w)`, so it carries the loss's own
-    normalisation (1/N for a mean over samples).
+    The share of sample n is `sum_c (d loss / d output_c(n)) (d output_c(n) / d w)`, so it carries the loss's
+    own normalisation (1/N for a mean over samples).
     """
     inputs, targets = split_data(data)
     point = evaluate(model, inputs, only)

@@ -21,7 +21,8 @@ from .rows import checked_symmetric, hessian_rows, jacobian_rows
 def jacobian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None) -> Tensor:
     """`J[n, c, p] = d output_c(sample n) / d w_p`, `[N, C, P]`.
 
-    C counts `outputs.shape[1:]` flattened in C order, P the parameters in the order of `parameters(model, only)`.
+    C counts `outputs.shape[1:]` flattened in C order, P the parameters in the order of `parameters(model,
+    only)`.
     """
     point = evaluate(model, inputs, only)
     rows = jacobian_rows(point.flat_outputs.flatten(), list(point.variables.values()))
@@ -50,7 +51,8 @@ def input_jacobian(model: nn.Module, inputs: Inputs, *, argument: int | str | No
     `argument` says which of several inputs, by position or keyword; it may be left out when there is one.
     """
     positional, keywords = arguments(inputs)
-    named: dict[int | str, object] = {**dict(enumerate(positional)), **keywords}
+    named: dict[int | str, object] = dict(enumerate(positional))
+    named.update(keywords.items())
     if argument is None and len(named) == 1:
         argument = next(iter(named))
     chosen = named.get(argument) if argument is not None else None
@@ -72,7 +74,7 @@ def input_jacobian(model: nn.Module, inputs: Inputs, *, argument: int | str | No
 
 
 def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None) -> Tensor:
-    """`H[n, c, j, k] = d2 output_c(sample n) / d w_j d w_k`, `[N, C, P, P]`: N C matrices of P x P, for small networks."""
+    """`H[n, c, j, k] = d2 output_c(sample n) / d w_j d w_k`, `[N, C, P, P]`: for small networks."""
     point = evaluate(model, inputs, only)
     variables = list(point.variables.values())
     flat = point.flat_outputs
@@ -84,7 +86,7 @@ def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | N
 
 
 def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """`J[i, j] = d f_i / d x_j` of any function of one tensor, `[o, n]`; a scalar function gives a row `[1, n]`."""
+    """`J[i, j] = d f_i / d x_j` of any function of one tensor, `[o, n]`; a row `[1, n]` of a scalar one."""
     variable = _leaf(point)
     with differentiable_forward():
         values = function(variable)
@@ -92,7 +94,7 @@ def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Te
 
 
 def function_hessian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """`H[i, j, k] = d2 f_i / d x_j d x_k` of any function of one tensor, `[o, n, n]`; each `H[i]` symmetric."""
+    """`H[i, j, k] = d2 f_i / d x_j d x_k` of any function of one tensor, `[o, n, n]`; `H[i]` is symmetric."""
     variable = _leaf(point)
     with differentiable_forward():
         values = function(variable).flatten()

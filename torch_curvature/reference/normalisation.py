@@ -19,7 +19,7 @@ def function_of(loss_fn: LossFunction) -> LossFunction:
 
 
 def option(loss_fn: LossFunction, name: str) -> Any:
-    """An option of a loss: an attribute of a module, a keyword of a partial, or the default in a signature."""
+    """An option of a loss: an attribute of a module, a keyword of a partial, or a default in a signature."""
     if isinstance(loss_fn, nn.Module):
         return getattr(loss_fn, name, None)
     try:
@@ -35,11 +35,11 @@ def summed(loss_fn: LossFunction) -> LossFunction:
         other = copy.copy(loss_fn)
         other.reduction = "sum"  # type: ignore[assignment]
         return other
-    return functools.partial(loss_fn, reduction="sum")
+    return functools.partial(loss_fn, reduction="sum")  # type: ignore[call-arg]
 
 
 def denominator(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
-    """`D`, a scalar: 1 for a sum; for a mean what it divides by (elements, valid tokens, the sum of class weights).
+    """`D`, a scalar: 1 for a sum, else what the mean divides by (elements, tokens, class weights).
 
     It is the ratio of the gradients of the summed and of the mean loss.
 
@@ -51,10 +51,10 @@ def denominator(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_ones(())
     if reduction not in ("mean", "batchmean"):
         raise ValueError(
-            f"loss_fn {loss_fn!r} does not tell its normalisation (reduction: {reduction!r}): pass denominator=D, where loss = "
-            "(1/D) * (sum over the samples)"
+            f"loss_fn {loss_fn!r} does not tell its normalisation (reduction: {reduction!r}): "
+            "pass denominator=D, where loss = (1/D) * (sum over the samples)"
         )
-    # Where the fit is perfect both gradients vanish: then compare them beside it, inside (0, 1) for a probability.
+    # Where the fit is perfect both gradients vanish: compare them beside it, inside (0, 1) for a probability.
     for point in (outputs.detach(), 0.9 * outputs.detach() + 0.05):
         mean = output_gradient(loss_fn, point, targets)
         total = output_gradient(summed(loss_fn), point, targets)

@@ -52,8 +52,9 @@ def checked_symmetric(matrix: Tensor, names: Sequence[str] = (), sizes: Sequence
             owner = [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
             where = f", worst between {owner[row % len(owner)]!r} and {owner[column]!r}"
         raise RuntimeError(
-            f"the Hessian is not symmetric (|H - H^T| up to {float(asymmetry.max()):.2e}, |H| up to {scale:.2e}{where}): "
-            "a function in the model or loss has wrong second derivatives in torch, or none where it was evaluated"
+            f"the Hessian is not symmetric (|H - H^T| up to {float(asymmetry.max()):.2e}, |H| up to "
+            f"{scale:.2e}{where}): a function in the model or loss has wrong second derivatives in torch, "
+            "or none at this point"
         )
     return (matrix + matrix.mT) / 2
 
@@ -67,7 +68,7 @@ def _pullback(values: Tensor, variables: Sequence[Tensor], vectors: Tensor, crea
                 found = _grad(values, variables, vectors, create_graph, batched=True)
             return _concatenate(found, variables, vectors.shape[0])
         except RuntimeError:
-            pass  # a function without a rule for vmap: the plain backward pass below either works or says what is missing
+            pass  # no rule for vmap: the plain backward pass below works or says what is missing
     rows = [_grad(values, variables, vector, create_graph, batched=False) for vector in vectors]
     return torch.cat([_concatenate(found, variables, None) for found in rows])
 
@@ -87,7 +88,7 @@ def _grad(
 
 
 def _concatenate(found: Sequence[Tensor | None], variables: Sequence[Tensor], batch: int | None) -> Tensor:
-    """Flatten and concatenate to `[K, P]`; a variable that the values do not depend on has a zero derivative."""
+    """Flatten and concatenate to `[K, P]`, with zeros for a variable that the values do not depend on."""
     count = 1 if batch is None else batch
     parts = [
         v.new_zeros(count, v.numel()) if g is None else g.reshape(count, v.numel())

@@ -1,7 +1,7 @@
 """Functions of torch whose second derivatives are wrong or missing, written out in functions whose are right.
 
-`docs/torch_second_derivatives.md` holds the measurements. A `TorchFunctionMode` replaces them wherever they are called
-from, a layer of `torch.nn` or the user's own code.
+`docs/torch_second_derivatives.md` holds the measurements. A `TorchFunctionMode` replaces them wherever they
+are called from, a layer of `torch.nn` or the user's own code.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,11 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """The sum, mean or maximum of the rows of `weight` in each bag: `[B, L]` or `[T]` with `offsets [B] -> [B, D]`."""
+    """Sum, mean or maximum over each bag: `[B, L]`, or `[T]` and `offsets [B]`, -> `[B, D]`."""
     if max_norm is not None or scale_grad_by_freq:
         raise NotImplementedError(
-            "embedding_bag with max_norm or scale_grad_by_freq: its gradient is not the derivative of its output, "
-            "so it has no curvature; leave the option out"
+            "embedding_bag with max_norm or scale_grad_by_freq: its gradient is not the derivative of its "
+            "output, so it has no curvature; leave the option out"
         )
     bags, bag = _bag_of_each(input, offsets, include_last_offset)
     indices = input.reshape(-1)
