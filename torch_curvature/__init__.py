@@ -1,0 +1,22 @@
+"""Exact curvature of neural networks: Jacobians, Hessians, Gauss-Newton and Fisher matrices, fast.
+
+Curvature lives in activation space: a layer computes ``z = W a``, and all that one may want to know of ``W`` is an
+outer-product contraction of ``a`` with a derivative taken at ``z``.
+"""
+
+import torch as _torch  # noqa: F401  the compiled module resolves its symbols in torch's libraries
+
+__version__ = "0.1.0"
+
+try:
+    from . import _C as _C
+except ImportError as error:
+    raise ImportError(
+        f"The compiled part of torch_curvature cannot be loaded ({error}). It is missing, or was built for another "
+        "torch or Python (torch >= 2.13 is needed). Build it against the torch that is installed here:\n"
+        "    pip install . --no-build-isolation        (from a checkout of torch_curvature; `make build` for its own .venv)"
+    ) from error
+
+from . import ops, reference
+
+__all__ = ["ops", "reference"]
