@@ -1,0 +1,102 @@
+"""A callable that rearranges the outputs and returns one torch loss of them, as that loss in closed form.
+
+`lambda out, y: F.cross_entropy(out.transpose(1, 2), y)`, `F.cross_entropy(out.view(-1, V), y.view(-1))`, shifted
+language-model targets, `F.mse_loss(out.squeeze(-1), y)`, or a user's module around `nn.CrossEntropyLoss` are all
+recognised by what they compute, not by how they are written: the call of the torch loss is recorded while the user's
+function runs; its result must be the very tensor that is returned; and its input must be the outputs rearranged. That
+last is proved by the vector-Jacobian product of the rearrangement: it carries no graph (so the map is linear), is 0 or
+1 at every output, and says where each element came from; reading the outputs there gives back the input to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .call import normalisation_of
+from .functional import BY_FUNCTION, ClosedForm, bind_call
+from .interface import BoundLoss
+from .layout import traced_layout
+
+
+class _Record(TorchFunctionMode):
+    """Records the calls of losses that have a closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[ClosedForm, tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        form = BY_FUNCTION.get(func) if callable(func) and hasattr(func, "__name__") else None
+        if form is not None and isinstance(result, Tensor):
+            self.calls.append((form, args, kwargs or {}, result))
+        return result
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A callable's loss in closed form."""
+
+    bound: BoundLoss
+    normalisation: str
+
+
+def trace(loss_fn: Callable[..., Any], outputs: Tensor, leaf: Tensor, targets: Any) -> tuple[Tensor, Traced | None]:
+    """`loss_fn(leaf, targets)`, and the bound closed form where there is one; `leaf` is a detached copy of outputs."""
+    record = _Record()
+    with torch.enable_grad(), record:
+        result = loss_fn(leaf, targets)
+    found = [call for call in record.calls if call[3] is result]
+    if len(found) != 1:
+        return result, None
+    form, args, kwargs, _ = found[0]
+    arguments = dict(zip(form.parameters, args)) | kwargs
+    given, target = arguments.pop(form.parameters[0]), arguments.pop(form.parameters[1])
+    constants = [target, *arguments.values()]
+    if any(isinstance(c, Tensor) and c.requires_grad for c in constants) or not isinstance(given, Tensor):
+        return result, None
+    places = _places(given, leaf)
+    if places is None:
+        return result, None
+    layout = traced_layout(leaf.shape, places, form.class_axis(given.dim()))
+    if layout is None:
+        return result, None
+    arguments = form.arguments(arguments)
+    bound = bind_call(form, outputs, given, target, arguments, layout)
+    return result, Traced(bound, normalisation_of(form.name, arguments))
+
+
+def _places(given: Tensor, leaf: Tensor) -> Tensor | None:
+    """For each element of `given`, the place in the flattened leaf that it was copied from; None if it is no copy."""
+    if given.dtype != leaf.dtype or not given.requires_grad or given.numel() == 0:
+        return None
+    digits = 2 ** (20 if leaf.dtype == torch.float32 else 50)
+    number = torch.arange(1, given.numel() + 1, device=leaf.device)
+    origin = torch.zeros(leaf.numel(), dtype=torch.long, device=leaf.device)
+    for power in range(math.ceil(math.log(given.numel() + 1, digits))):
+        cotangent = (number // digits**power % digits).reshape(given.shape).to(given.dtype)
+        back = _transpose_product(given, leaf, cotangent)
+        if back is None:
+            return None
+        origin += back.reshape(-1).long() * digits**power
+    uses = _transpose_product(given, leaf, torch.ones_like(given))
+    if uses is None or bool(((uses != 0) & (uses != 1)).any()) or int(uses.sum(dtype=torch.float64)) != len(number):
+        return None
+    places = torch.zeros_like(number)
+    used = origin > 0
+    places[origin[used].clamp(max=len(number)) - 1] = torch.arange(len(origin), device=leaf.device)[used]
+    same = leaf.detach().reshape(-1)[places] == given.detach().reshape(-1)
+    return places.reshape(given.shape) if bool(same.all()) else None
+
+
+def _transpose_product(given: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor | None:
+    """The vector-Jacobian product, or None where it depends on the outputs (the map is not linear)."""
+    (back,) = torch.autograd.grad(given, leaf, cotangent, create_graph=True, allow_unused=True)
+    return None if back is None or back.requires_grad else back
