@@ -9,9 +9,7 @@ from .loss import LossFunction, loss_hessian, loss_value, output_gradient
 from .rows import checked_symmetric, hessian_rows, jacobian_rows
 
 
-def gauss_newton(
-    model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None
-) -> Tensor:
+def gauss_newton(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`G = J_N^T h_L J_N`, `[P, P]`, with `J_N [N*C, P]` and `h_L [N*C, N*C]` of the batch loss as reduced.
 
     Positive semi-definite when the loss is convex in the outputs. Schraudolph, 2002.
@@ -23,9 +21,7 @@ def gauss_newton(
     return (matrix + matrix.mT) / 2
 
 
-def residual(
-    model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None
-) -> Tensor:
+def residual(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`R = sum_k (J_L)_k H_{N_k}`, `[P, P]`, over all outputs k of all samples.
 
     It is the Hessian of `j_L . N(w)`, with `j_L` held fixed.
@@ -36,9 +32,7 @@ def residual(
     return _hessian_of((point.outputs * fixed).sum(), point)
 
 
-def hessian(
-    model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None
-) -> Tensor:
+def hessian(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`H = d2 loss / d w2`, `[P, P]`, of the batch loss as reduced, by differentiating its gradient."""
     inputs, targets = split_data(data)
     point = evaluate(model, inputs, only)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .written_out import WrittenOut
 
@@ -46,9 +46,7 @@ def parameters(model: nn.Module, only: Iterable[str] | None = None) -> dict[str,
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in found.items():
         if nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"parameter {name!r} is not initialised yet: run the model once on a batch first"
-            )
+            raise ValueError(f"parameter {name!r} is not initialised yet: run the model once on a batch first")
     if only is not None:
         wanted = [only] if isinstance(only, str) else list(only)
         unknown = [name for name in wanted if name not in found]
@@ -59,9 +57,7 @@ def parameters(model: nn.Module, only: Iterable[str] | None = None) -> dict[str,
             )
         found = {name: p for name, p in found.items() if name in wanted}
     if not found:
-        raise ValueError(
-            "the model has no parameter with requires_grad: nothing to differentiate with respect to"
-        )
+        raise ValueError("the model has no parameter with requires_grad: nothing to differentiate with respect to")
     return found
 
 
@@ -120,9 +116,7 @@ def run(model: nn.Module, variables: Mapping[str, Tensor], inputs: Inputs) -> Te
             "wrap it in a module that picks the output"
         )
     if outputs.ndim == 0:
-        raise ValueError(
-            "the model returned a scalar, outputs of shape [N, *] are needed: one row per sample"
-        )
+        raise ValueError("the model returned a scalar, outputs of shape [N, *] are needed: one row per sample")
     if not outputs.is_floating_point():
         raise TypeError(f"the model's outputs must be real floating point numbers, got {outputs.dtype}")
     return outputs
@@ -156,28 +150,34 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{name or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, so "
-                "an output depends on other samples and has no derivative of its own: call model.eval(), or use "
-                "running statistics"
+                f"{name or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, "
+                "so an output depends on other samples and has no derivative of its own: "
+                "call model.eval(), or use running statistics"
             )
 
 
 def _refuse_randomness(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape or not _same(first, second):
-        raise ValueError(
-            "the model's outputs differ between two runs on the same inputs (dropout?): call model.eval()"
-        )
+        raise ValueError("the model's outputs differ between two runs on the same inputs (dropout?): call model.eval()")
 
 
 def _refuse_dependent_samples(
     model: nn.Module, variables: Mapping[str, Tensor], inputs: Inputs, outputs: Tensor
 ) -> None:
-    """Give every sample the inputs of sample 0: the outputs of sample 0 must stay the same."""
+    """Give every sample the inputs of sample 0: the outputs of sample 0 must stay the same.
+
+    Every tensor whose first axis has the length of the batch takes part, except that a vector of integers beside
+    other inputs may hold offsets or lengths, and stays.
+    """
     samples = outputs.shape[0]
+    alone = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)) == 1
 
     def repeat_first(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == samples
-        return leaf[:1].expand_as(leaf).clone() if batched else leaf
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != samples:
+            return leaf
+        if leaf.ndim == 1 and not leaf.is_floating_point() and not alone:
+            return leaf
+        return leaf[:1].expand_as(leaf).clone()
 
     if samples < 2:
         return
@@ -192,6 +192,4 @@ def _refuse_dependent_samples(
 
 def _same(first: Tensor, second: Tensor) -> bool:
     tolerance = 1e-8 if first.dtype == torch.float64 else 16 * torch.finfo(first.dtype).eps ** 0.75
-    return torch.allclose(
-        first, second, rtol=tolerance, atol=tolerance * float(first.detach().abs().max() or 1)
-    )
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(first.detach().abs().max() or 1))

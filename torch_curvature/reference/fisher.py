@@ -69,9 +69,7 @@ def output_fisher(
     kind = type(loss_fn) if isinstance(loss_fn, nn.Module) else function_of(loss_fn)
     if kind not in FISHER_OF:
         known = sorted({getattr(k, "__name__", str(k)) for k in FISHER_OF})
-        raise NotImplementedError(
-            f"loss_fn {loss_fn!r} names no predictive distribution known here; known are {known}"
-        )
+        raise NotImplementedError(f"loss_fn {loss_fn!r} names no predictive distribution known here; known are {known}")
     divisor = denominator_of(loss_fn, outputs, targets) if denominator is None else denominator
     return FISHER_OF[kind](loss_fn, outputs, targets) / divisor
 
@@ -80,18 +78,14 @@ def _categorical(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Ten
     """`-log softmax(u)[y]`, classes on axis 1: score `p - e_y`, so `w (diag p - p p^T)`."""
     p = outputs.softmax(1).movedim(1, -1)
     weights = _class_weights(loss_fn, outputs, targets)
-    return _blocks(
-        outputs, weights[..., None, None] * (torch.diag_embed(p) - p[..., :, None] * p[..., None, :])
-    )
+    return _blocks(outputs, weights[..., None, None] * (torch.diag_embed(p) - p[..., :, None] * p[..., None, :]))
 
 
 def _categorical_log(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
     """`-u[y]` of log probabilities: score `-e_y`, so `w diag(exp u)`."""
     p = outputs.exp().movedim(1, -1)
     if not torch.allclose(p.sum(-1), torch.ones_like(p.sum(-1)), rtol=1e-4):
-        raise ValueError(
-            "the outputs of a model with nll_loss must be log probabilities, theirs do not sum to one"
-        )
+        raise ValueError("the outputs of a model with nll_loss must be log probabilities, theirs do not sum to one")
     return _blocks(outputs, _class_weights(loss_fn, outputs, targets)[..., None, None] * torch.diag_embed(p))
 
 

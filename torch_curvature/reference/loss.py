@@ -48,9 +48,7 @@ def loss_hessian(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor
     return checked_symmetric(hessian_rows(loss_value(loss_fn, point, targets), [point]))
 
 
-def per_sample_gradients(
-    model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Any = None
-) -> dict[str, Tensor]:
+def per_sample_gradients(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Any = None) -> dict[str, Tensor]:
     """Each sample's share of the gradient of the batch loss: name -> `[N, *shape]`; they sum to `p.grad`.
 
     The share of sample n is `sum_c (d loss / d output_c(n)) (d output_c(n) / d w)`, so it carries the loss's

@@ -29,9 +29,7 @@ def jacobian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = N
     return rows.reshape(*point.flat_outputs.shape, -1)
 
 
-def jacobian_by_name(
-    model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None
-) -> dict[str, Tensor]:
+def jacobian_by_name(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None) -> dict[str, Tensor]:
     """`jacobian`, split by parameter: name -> `[N, C, *shape of the parameter]`."""
     return split_by_name(jacobian(model, inputs, only=only), parameters(model, only))
 
@@ -57,9 +55,7 @@ def input_jacobian(model: nn.Module, inputs: Inputs, *, argument: int | str | No
         argument = next(iter(named))
     chosen = named.get(argument) if argument is not None else None
     if not isinstance(chosen, Tensor) or not chosen.is_floating_point():
-        raise ValueError(
-            f"argument must name one floating point tensor among {list(named)}, got {argument!r}"
-        )
+        raise ValueError(f"argument must name one floating point tensor among {list(named)}, got {argument!r}")
     check(model, {}, inputs)
     point = chosen.detach().clone().requires_grad_()
     named[argument] = point  # type: ignore[index]
@@ -79,9 +75,7 @@ def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | N
     variables = list(point.variables.values())
     flat = point.flat_outputs
     sizes = [v.numel() for v in variables]
-    matrices = [
-        checked_symmetric(hessian_rows(o, variables), list(point.variables), sizes) for o in flat.flatten()
-    ]
+    matrices = [checked_symmetric(hessian_rows(o, variables), list(point.variables), sizes) for o in flat.flatten()]
     return torch.stack(matrices).reshape(*flat.shape, sum(sizes), sum(sizes))
 
 

@@ -65,13 +65,7 @@ def denominator(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
         if mean.any():
             ratio = (mean * total).sum() / mean.square().sum()
             tolerance = 1e-9 if mean.dtype == torch.float64 else 1e-3
-            if not torch.allclose(
-                total, ratio * mean, rtol=tolerance, atol=tolerance * float(total.abs().max())
-            ):
-                raise ValueError(
-                    f"the mean of {loss_fn!r} is not its sum over one number D: pass denominator=D"
-                )
+            if not torch.allclose(total, ratio * mean, rtol=tolerance, atol=tolerance * float(total.abs().max())):
+                raise ValueError(f"the mean of {loss_fn!r} is not its sum over one number D: pass denominator=D")
             return ratio
-    raise ValueError(
-        f"the gradient of {loss_fn!r} vanishes, so its denominator cannot be found: pass denominator=D"
-    )
+    raise ValueError(f"the gradient of {loss_fn!r} vanishes, so its denominator cannot be found: pass denominator=D")

@@ -65,9 +65,7 @@ def embedding_bag(
 def _bag_of_each(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[int, Tensor]:
     """The number of bags, and the bag of each index of the flattened input."""
     if input.ndim == 2:
-        return input.shape[0], torch.arange(input.shape[0], device=input.device).repeat_interleave(
-            input.shape[1]
-        )
+        return input.shape[0], torch.arange(input.shape[0], device=input.device).repeat_interleave(input.shape[1])
     assert offsets is not None, "a one-dimensional input of embedding_bag needs offsets"
     starts = offsets[:-1] if include_last_offset else offsets
     positions = torch.arange(input.shape[0], device=input.device)
