@@ -187,4 +187,70 @@ inline KroneckerSizes check_kronecker_sum(const Tensor& b, const Tensor& a, cons
   s.result.insert(s.result.end(), {s.O * s.I, s.O2 * s.I2});
   return s;
 }
+
+// Jacobians J[v, n] = sum_s g[v, n, s] (x) a[n, s]: g [V, N, S, O], a [N, S, I]
+struct JacobianSizes {
+  int64_t V, N, S, O, I;
+};
+inline void check_exact_rank(const char* op, const Argument& x, int64_t rank, const char* axes) {
+  CURVATURE_CHECK(x.tensor.dim() == rank, op, ": '", x.name, "' has shape ", shape_text(x.tensor),
+                  ", but it must have ", rank, " axes: [", axes, "].");
+}
+inline JacobianSizes check_jacobian(const char* op, const Argument& g, const Argument& a) {
+  check_floating(op, g);
+  check_floating(op, a);
+  check_alike(op, g, a);
+  check_exact_rank(op, g, 4, "V, N, S, O");
+  check_exact_rank(op, a, 3, "N, S, I");
+  const JacobianSizes s{g.tensor.size(0), g.tensor.size(1), g.tensor.size(2), g.tensor.size(3), a.tensor.size(2)};
+  const std::string like = "like that of '" + std::string(g.name) + "' " + shape_text(g.tensor);
+  check_size(op, a, 0, s.N, "(N) " + like);
+  check_size(op, a, 1, s.S, "(S) " + like);
+  return s;
+}
+inline JacobianSizes check_signed_jacobian(const char* op, const Tensor& g, const Tensor& a,
+                                           const std::optional<Tensor>& sign) {
+  const JacobianSizes s = check_jacobian(op, {"g", g}, {"a", a});
+  if (sign) {
+    check_alike(op, {"g", g}, {"sign", *sign});
+    check_exact_rank(op, {"sign", *sign}, 2, "V, N");
+    check_size(op, {"sign", *sign}, 0, s.V, "(V) like that of 'g' " + shape_text(g));
+    check_size(op, {"sign", *sign}, 1, s.N, "(N) like that of 'g' " + shape_text(g));
+  }
+  return s;
+}
+
+// jacobian_norms -> [V, N]
+inline JacobianSizes check_jacobian_norms(const Tensor& g, const Tensor& a) {
+  return check_jacobian("jacobian_norms", {"g", g}, {"a", a});
+}
+
+// jacobian_gram: a second pair g2 [V2, N2, S2, O], a2 [N2, S2, I], or none -> [V, N, V2, N2]
+struct GramSizes {
+  JacobianSizes left, right;
+  Sizes result;
+};
+inline GramSizes check_jacobian_gram(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2,
+                                     const std::optional<Tensor>& a2) {
+  const char* op = "jacobian_gram";
+  CURVATURE_CHECK(g2.has_value() == a2.has_value(), op, ": '", (g2 ? "g2" : "a2"), "' is given without '",
+                  (g2 ? "a2" : "g2"), "'. Give both, or leave both out for the Gram matrix of g and a themselves.");
+  const JacobianSizes left = check_jacobian(op, {"g", g}, {"a", a});
+  GramSizes s{left, g2 ? check_jacobian(op, {"g2", *g2}, {"a2", *a2}) : left, {}};
+  if (g2) {
+    check_alike(op, {"g", g}, {"g2", *g2});
+    check_size(op, {"g2", *g2}, 3, left.O, "(O) like that of 'g' " + shape_text(g));
+    check_size(op, {"a2", *a2}, 2, left.I, "(I) like that of 'a' " + shape_text(a));
+  }
+  s.result = {s.left.V, s.left.N, s.right.V, s.right.N};
+  return s;
+}
+
+// gauss_newton_block -> [O I, O I]; gauss_newton_diagonal -> [O, I]
+inline JacobianSizes check_gauss_newton_block(const Tensor& g, const Tensor& a, const std::optional<Tensor>& sign) {
+  return check_signed_jacobian("gauss_newton_block", g, a, sign);
+}
+inline JacobianSizes check_gauss_newton_diagonal(const Tensor& g, const Tensor& a, const std::optional<Tensor>& sign) {
+  return check_signed_jacobian("gauss_newton_diagonal", g, a, sign);
+}
 }  // namespace torch_curvature

@@ -16,6 +16,17 @@ STABLE_TORCH_LIBRARY(torch_curvature, m) {
   // [*, N, O, O2], [*, N, I], [*, N, I2] -> [*, O I, O2 I2]
   m.def("kronecker_sum(Tensor b, Tensor a, Tensor? a2, bool symmetric) -> Tensor");
   m.def("kronecker_sum_out(Tensor b, Tensor a, Tensor? a2, bool symmetric, Tensor(a!) out) -> ()");
+  // Contractions of Jacobians J[v, n] = sum_s g[v, n, s] (x) a[n, s], with g [V, N, S, O], a [N, S, I], sign [V, N].
+  // -> [V, N], squared norms
+  m.def("jacobian_norms(Tensor g, Tensor a) -> Tensor");
+  // g2 [V2, N2, S2, O], a2 [N2, S2, I] (g, a where left out) -> [V, N, V2, N2], inner products; `_add` adds them to out
+  m.def("jacobian_gram(Tensor g, Tensor a, Tensor? g2, Tensor? a2) -> Tensor");
+  m.def("jacobian_gram_add(Tensor g, Tensor a, Tensor? g2, Tensor? a2, Tensor(a!) out) -> ()");
+  // -> [O I, O I], sum_vn sign[v, n] vec(J) vec(J)^T
+  m.def("gauss_newton_block(Tensor g, Tensor a, Tensor? sign) -> Tensor");
+  m.def("gauss_newton_block_out(Tensor g, Tensor a, Tensor? sign, Tensor(a!) out) -> ()");
+  // -> [O, I], the diagonal of that block
+  m.def("gauss_newton_diagonal(Tensor g, Tensor a, Tensor? sign) -> Tensor");
 }
 
 namespace {
