@@ -4,17 +4,18 @@ Curvature lives in activation space: a layer computes ``z = W a``, and all that 
 outer-product contraction of ``a`` with a derivative taken at ``z``.
 """
 
-import torch as _torch  # noqa: F401  the compiled module resolves its symbols in torch's libraries
+import torch  # noqa: F401  first: the compiled module resolves its symbols in torch's libraries
 
 __version__ = "0.1.0"
 
 try:
-    from . import _C as _C
+    import torch_curvature._C  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"The compiled part of torch_curvature cannot be loaded ({error}). It is missing, or was built for another "
         "torch or Python (torch >= 2.13 is needed). Build it against the torch that is installed here:\n"
-        "    pip install . --no-build-isolation        (from a checkout of torch_curvature; `make build` for its own .venv)"
+        "    pip install . --no-build-isolation        (in a checkout of torch_curvature)\n"
+        "    make build                                (the same, for the checkout's own .venv)"
     ) from error
 
 from . import ops, reference

@@ -43,8 +43,8 @@ def kronecker_sum(
         out: contiguous tensor to write into: a large fresh result costs much in page faults. Not differentiable.
 
     Returns:
-        ``[*, O I, O2 I2]``, rows ``(o, i)``, columns ``(p, j)``. Half types are summed in float32. Derivatives are those
-        of the formula above, also where ``symmetric`` is declared.
+        ``[*, O I, O2 I2]``, rows ``(o, i)``, columns ``(p, j)``. Half types are summed in float32. Derivatives are
+        those of the formula above, also where ``symmetric`` is declared.
 
     Raises:
         TypeError: dtypes that are not floating or differ.
@@ -68,9 +68,7 @@ def kronecker_sum(
     if (same := promoted(*given)) is not None:
         return kronecker_sum(*same, symmetric=symmetric)
     _shape(b, a, a2, symmetric)
-    return (
-        _KroneckerSum.apply(b, a, a2, symmetric) if way is Route.FUNCTION else _formula(b, a, a2, symmetric)
-    )
+    return _KroneckerSum.apply(b, a, a2, symmetric) if way is Route.FUNCTION else _formula(b, a, a2, symmetric)
 
 
 def _shape(b: Tensor, a: Tensor, a2: Tensor | None, symmetric: bool) -> torch.Size:
@@ -96,14 +94,20 @@ def _pairs(a: Tensor, a2: Tensor) -> Tensor:
     return (a.unsqueeze(-1) * a2.unsqueeze(-2)).flatten(-2)
 
 
+def _exchange(matrix: Tensor, first: int, second: int, third: int, fourth: int) -> Tensor:
+    """``[*, (first, second), (third, fourth)] -> [*, (first, third), (second, fourth)]``, its own inverse."""
+    leading = matrix.shape[:-2]
+    exchanged = matrix.reshape(*leading, first, second, third, fourth).transpose(-3, -2)
+    return exchanged.reshape(*leading, first * third, second * fourth)
+
+
 def _formula(b: Tensor, a: Tensor, a2: Tensor | None, symmetric: bool) -> Tensor:
     O, O2 = b.shape[-2:]
     wide_b, left = wide(b), wide(a)
     right = left if a2 is None else wide(a2)
     with without_autocast(b):
         product = wide_b.flatten(-2).mT @ _pairs(left, right)  # [*, O O2, I I2]
-    product = product.unflatten(-1, (a.shape[-1], right.shape[-1])).unflatten(-3, (O, O2)).transpose(-3, -2)
-    result = product.flatten(-2).flatten(-3, -2)
+    result = _exchange(product, O, O2, a.shape[-1], right.shape[-1])
     if symmetric:
         result = (result + result.mT) / 2
     return result.to(b.dtype)
@@ -129,16 +133,16 @@ class _KroneckerSum(torch.autograd.Function):
         if ctx.symmetric:
             gradient = (gradient + gradient.mT) / 2
         (O, O2), I, I2 = b.shape[-2:], a.shape[-1], a2.shape[-1]
-        # rows (o, p), columns (i, j), as in the forward product
-        by_pairs = gradient.unflatten(-1, (O2, I2)).unflatten(-3, (O, I)).transpose(-3, -2)
-        by_pairs = wide(by_pairs.flatten(-2).flatten(-3, -2))
+        by_pairs = wide(_exchange(gradient, O, I, O2, I2))  # rows (o, p), columns (i, j), as in the forward product
         need_b, need_a, need_a2, _ = ctx.needs_input_grad
         db = da = da2 = None
         with without_autocast(b):
             if need_b:
-                db = (_pairs(wide(a), wide(a2)) @ by_pairs.mT).unflatten(-1, (O, O2))
+                db = _pairs(wide(a), wide(a2)) @ by_pairs.mT
+                db = db.reshape(*db.shape[:-1], O, O2)
             if need_a or need_a2:
-                folded = (wide(b).flatten(-2) @ by_pairs).unflatten(-1, (I, I2))  # [*, N, I, I2]
+                folded = wide(b).flatten(-2) @ by_pairs
+                folded = folded.reshape(*folded.shape[:-1], I, I2)  # [*, N, I, I2]
                 da = (folded @ wide(a2).unsqueeze(-1)).squeeze(-1)
                 da2 = (folded.mT @ wide(a).unsqueeze(-1)).squeeze(-1)
         if not ctx.has_a2 and da is not None and da2 is not None:

@@ -99,9 +99,7 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, int | None], u: Tensor, v: Tensor) -> tuple[Tensor, int]:
         rank = max(u.dim() - (axes[0] is not None), v.dim() - (axes[1] is not None))
-        return outer(
-            batch_first(u, axes[0], info.batch_size, rank), batch_first(v, axes[1], info.batch_size, rank)
-        ), 0
+        return outer(batch_first(u, axes[0], info.batch_size, rank), batch_first(v, axes[1], info.batch_size, rank)), 0
 
 
 @torch.library.register_fake("torch_curvature::outer")

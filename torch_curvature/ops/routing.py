@@ -3,7 +3,7 @@
 Every operator has three routes that compute the same thing:
 
 * the kernel, where nothing is differentiated: the fast path;
-* a Python ``autograd.Function`` around the kernel, in eager reverse mode, in forward mode and under ``torch.func.vmap``;
+* a Python ``autograd.Function`` around the kernel: eager reverse mode, forward mode, ``torch.func.vmap`` and ``grad``;
 * the plain formula in differentiable torch operations, wherever torch runs autograd Functions wrongly or not at all:
   under nested forward-mode transforms (``jacfwd`` of ``jacfwd`` loses tangents silently) and while compiling (compiled
   ``jvp`` of an autograd Function is silently wrong).
@@ -88,9 +88,7 @@ def check_rank(op: str, name: str, tensor: Tensor, axes: str) -> None:
         )
 
 
-def check_size(
-    op: str, name: str, tensor: Tensor, axis: int, other: str, expected: Tensor, expected_axis: int
-) -> None:
+def check_size(op: str, name: str, tensor: Tensor, axis: int, other: str, expected: Tensor, expected_axis: int) -> None:
     """An axis of ``tensor`` is as long as one of ``expected``."""
     if tensor.shape[axis] != expected.shape[expected_axis]:
         raise ValueError(
@@ -132,9 +130,7 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...] | None:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Operators compute in the precision of their inputs: inside, autocast does not lower a matrix product's."""
     kind = tensor.device.type
-    return (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-    )
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""Every operator, once: the public function, the same in plain torch operations, and inputs to try.
+
+A new operator is one entry here; tests/ops/test_*.py run the whole list of checks on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import torch_curvature as tc
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator as the tests see it: a function of tensors alone (keywords bound)."""
+
+    name: str
+    call: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    shapes: tuple[Shapes, ...]  # one tuple of input shapes per example; the first is small, for derivatives
+    symmetric: bool = False  # the result must be symmetric to the bit
+    prepare: Callable[..., tuple[Tensor, ...]] = field(default=lambda *t: t)  # makes valid inputs of random ones
+    raw: str = ""  # name of the registered operator
+    raw_arguments: Callable[..., tuple] = field(default=lambda *t: t)
+
+    def inputs(self, shapes: Shapes, dtype: torch.dtype = torch.float64, seed: int | None = None) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+        return self.prepare(*(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes))
+
+
+def _outer(u: Tensor, v: Tensor) -> Tensor:
+    return u.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def _frobenius_inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((-2, -1))
+
+
+def _kronecker_sum(b: Tensor, a: Tensor, a2: Tensor | None = None) -> Tensor:
+    a2 = a if a2 is None else a2
+    terms = (
+        b[..., :, None, :, None] * a[..., None, :, None, None] * a2[..., None, None, None, :]
+    )  # [*, N, O, I, O2, I2]
+    return terms.sum(-5).flatten(-2).flatten(-3, -2)
+
+
+def _symmetrised(b: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    return (b + b.mT) / 2, *rest
+
+
+OPERATORS = [
+    Operator(
+        "outer",
+        tc.ops.outer,
+        _outer,
+        (
+            ((2, 3), (2, 4)),
+            ((5,), (7,)),
+            ((3, 1, 4), (2, 5)),
+            ((1000, 3), (1000, 3)),
+            ((33, 65), (33, 129)),
+            ((0, 3), (0, 4)),
+            ((4, 0), (4, 3)),
+            ((4, 3), (4, 0)),
+            ((1, 1), (1, 1)),
+        ),
+        raw="outer",
+    ),
+    Operator(
+        "frobenius_inner",
+        tc.ops.frobenius_inner,
+        _frobenius_inner,
+        (
+            ((2, 3, 4), (2, 3, 4)),
+            ((5, 7), (5, 7)),
+            ((3, 1, 4, 5), (2, 4, 5)),
+            ((1, 300, 301), (1, 300, 301)),
+            ((700, 3, 3), (700, 3, 3)),
+            ((0, 3, 4), (0, 3, 4)),
+            ((3, 0, 4), (3, 0, 4)),
+            ((3, 4, 0), (3, 4, 0)),
+        ),
+        raw="frobenius_inner",
+    ),
+    Operator(
+        "kronecker_sum",
+        tc.ops.kronecker_sum,
+        _kronecker_sum,
+        (
+            ((3, 2, 2), (3, 3)),
+            ((5, 4, 3), (5, 6)),
+            ((2, 3, 2, 2), (3, 3)),
+            ((600, 5, 5), (600, 7)),
+            ((40, 3, 2), (40, 70)),
+            ((0, 3, 2), (0, 4)),
+            ((3, 0, 2), (3, 4)),
+            ((3, 2, 2), (3, 0)),
+        ),
+        raw="kronecker_sum",
+        raw_arguments=lambda b, a: (b, a, None, False),
+    ),
+    Operator(
+        "kronecker_sum(a2)",
+        tc.ops.kronecker_sum,
+        _kronecker_sum,
+        (
+            ((3, 2, 3), (3, 2), (3, 4)),
+            ((5, 4, 3), (5, 6), (5, 2)),
+            ((3, 2, 2), (2, 3, 3), (4, 1, 3, 2)),
+            ((600, 5, 3), (600, 35), (600, 34)),
+            ((3, 2, 2), (3, 2), (3, 0)),
+        ),
+        raw="kronecker_sum",
+        raw_arguments=lambda b, a, a2: (b, a, a2, False),
+    ),
+    Operator(
+        "kronecker_sum(symmetric)",
+        lambda b, a: tc.ops.kronecker_sum(b, a, symmetric=True),
+        _kronecker_sum,
+        (
+            ((3, 2, 2), (3, 3)),
+            ((5, 4, 4), (5, 6)),
+            ((2, 3, 2, 2), (3, 3)),
+            ((1100, 5, 5), (1100, 37)),
+            ((30, 25, 25), (30, 67)),
+            ((0, 3, 3), (0, 4)),
+            ((3, 0, 0), (3, 4)),
+        ),
+        symmetric=True,
+        prepare=_symmetrised,
+        raw="kronecker_sum",
+        raw_arguments=lambda b, a: (b, a, None, True),
+    ),
+]

@@ -1,0 +1,100 @@
+"""Values: every operator against plain torch operations, over shapes, dtypes, strides and threads."""
+
+import pytest
+import torch
+from cases import OPERATORS, Operator
+
+EXAMPLES = [pytest.param(op, shapes, id=f"{op.name}-{shapes}") for op in OPERATORS for shapes in op.shapes]
+BY_NAME = [pytest.param(op, id=op.name) for op in OPERATORS]
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, terms: int) -> None:
+    """Within the rounding of inputs exactly as given, accumulated over ``terms`` products in float32 or better."""
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    scale = want.abs().max().item() if want.numel() else 0.0
+    bound = torch.finfo(dtype).eps * want.abs() + 4 * accumulation * max(terms, 1) ** 0.5 * max(scale, 1.0)
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "shapes"), EXAMPLES)
+def test_equals_plain_operations(op: Operator, shapes: tuple, dtype: torch.dtype) -> None:
+    inputs = op.inputs(shapes, dtype)
+    got, want = op.call(*inputs), op.plain(*(t.double() for t in inputs))
+    assert_close(got, want, dtype, max((t.numel() for t in inputs), default=1))
+    if op.symmetric:
+        assert torch.equal(got, got.mT)
+
+
+def strided_twins(t: torch.Tensor):
+    """The same values behind other strides: transposed storage, every second element, expanded, negated batch order."""
+    yield t.mT.contiguous().mT if t.dim() > 1 else t
+    yield torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+    yield torch.cat([torch.full_like(t, float("nan")), t], 0)[t.shape[0] :] if t.dim() else t
+    yield t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+@pytest.mark.parametrize(("op", "shapes"), EXAMPLES)
+def test_any_strides(op: Operator, shapes: tuple) -> None:
+    inputs = op.inputs(shapes, torch.float32)
+    want = op.plain(*(t.double() for t in inputs))
+    for k in range(len(inputs)):
+        for twin in strided_twins(inputs[k]):
+            got = op.call(*inputs[:k], twin, *inputs[k + 1 :])
+            assert_close(got, want, torch.float32, max(t.numel() for t in inputs))
+
+
+@pytest.mark.parametrize("op", BY_NAME)
+def test_expanded_batch(op: Operator) -> None:
+    inputs = op.inputs(op.shapes[0], torch.float64)
+    for k in range(len(inputs)):
+        wide = [t.unsqueeze(0).expand(3, *t.shape) if i == k else t for i, t in enumerate(inputs)]
+        torch.testing.assert_close(op.call(*wide), op.plain(*(t.contiguous() for t in wide)))
+
+
+@pytest.mark.parametrize("op", BY_NAME)
+def test_same_bits_every_time_and_for_any_number_of_threads(op: Operator) -> None:
+    for shapes in op.shapes:
+        inputs = op.inputs(shapes, torch.float32)
+        threads = torch.get_num_threads()
+        first = op.call(*inputs)
+        try:
+            torch.set_num_threads(1)
+            single = op.call(*inputs)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(first, op.call(*inputs))
+        torch.testing.assert_close(first, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", BY_NAME)
+def test_infinities_and_nans_pass_through(op: Operator) -> None:
+    for value in (float("nan"), float("inf")):
+        inputs = op.inputs(op.shapes[1], torch.float64)
+        inputs[-1].flatten()[0] = value
+        got, want = op.call(*inputs), op.plain(*inputs)
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", [p for p in BY_NAME if p.values[0].raw in ("outer", "kronecker_sum")])
+def test_out(op: Operator) -> None:
+    keywords = {"symmetric": True} if op.symmetric else {}
+    function = getattr(__import__("torch_curvature").ops, op.raw)
+    for shapes in op.shapes:
+        inputs = op.inputs(shapes, torch.float32)
+        want = op.call(*inputs)
+        out = torch.full_like(want, float("nan"))
+        assert function(*inputs, **keywords, out=out) is out
+        assert torch.equal(out, want)
+    inputs = op.inputs(op.shapes[0], torch.float32)
+    want = op.call(*inputs)
+    with pytest.raises(RuntimeError, match="'out' has shape"):
+        function(*inputs, **keywords, out=torch.empty(3))
+    with pytest.raises(RuntimeError, match="contiguous"):
+        function(*inputs, **keywords, out=want.mT.contiguous().mT)
+    with pytest.raises(RuntimeError, match=r"torch.float64 and 'the inputs'"):
+        function(*inputs, **keywords, out=want.double())
+    with pytest.raises(RuntimeError, match="'out' cannot be combined with differentiation"):
+        function(*(t.requires_grad_() for t in inputs), **keywords, out=torch.empty(3))
