@@ -6,9 +6,10 @@ import functools
 
 import pytest
 import torch
-from cases import OPERATORS, Operator
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from tests.ops.cases import OPERATORS, Operator
 
 BY_NAME = [pytest.param(op, id=op.name) for op in OPERATORS]
 SMALL = [pytest.param(op, shapes, id=f"{op.name}-{shapes}") for op in OPERATORS for shapes in op.shapes[:3]]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPERATORS, Operator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_curvature as tc
+from tests.ops.cases import OPERATORS, Operator
 
 BY_NAME = [pytest.param(op, id=op.name) for op in OPERATORS]
 ones = torch.ones
 
 
 def routes(op: Operator):
-    """Ways to call an operator on the same inputs: the kernel, autograd, forward mode inside a transform, fake tensors."""
+    """Ways to call an operator on the same inputs: the kernel, autograd, forward mode in a transform, fake."""
 
     def fake(*inputs):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPERATORS, Operator
-from test_derivatives import _tangents, _weighted, leaves, prepared
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.ops.cases import OPERATORS, Operator
+from tests.ops.test_derivatives import _tangents, _weighted, leaves, prepared
 
 BY_NAME = [pytest.param(op, id=op.name) for op in OPERATORS]
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import OPERATORS, Operator
+
+from tests.ops.cases import OPERATORS, Operator
 
 EXAMPLES = [pytest.param(op, shapes, id=f"{op.name}-{shapes}") for op in OPERATORS for shapes in op.shapes]
 BY_NAME = [pytest.param(op, id=op.name) for op in OPERATORS]

@@ -1,6 +1,0 @@
-"""The list of operators is a plain module beside the tests that use it."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

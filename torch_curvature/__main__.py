@@ -1,0 +1,47 @@
+"""``python -m torch_curvature``: how this copy was built, and a self-check in seconds."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import torch_curvature as tc
+from torch_curvature import _C
+
+
+def _checks() -> dict[str, float]:
+    """Largest error of each operator against plain torch operations in float64, relative to the largest entry."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def error(got: torch.Tensor, want: torch.Tensor) -> float:
+        return float((got - want).abs().max() / want.abs().max())
+
+    u, v, x, y, b, a = random(5, 3), random(5, 4), random(6, 9, 7), random(6, 9, 7), random(8, 3, 3), random(8, 5)
+    b = b + b.mT
+    kronecker = torch.einsum("nop,ni,nj->oipj", b, a, a).reshape(15, 15)
+    return {
+        "outer": error(tc.ops.outer(u, v), u[:, :, None] * v[:, None, :]),
+        "frobenius_inner": error(tc.ops.frobenius_inner(x, y), (x * y).sum((-2, -1))),
+        "kronecker_sum": error(tc.ops.kronecker_sum(b, a, symmetric=True), kronecker),
+    }
+
+
+def main() -> int:
+    facts = {"torch_curvature": tc.__version__, "torch": torch.__version__, **_C.build_info()}
+    for name, value in facts.items():
+        print(f"{name:16} {value}")
+    worst = 0.0
+    for name, value in _checks().items():
+        worst = max(worst, value)
+        print(f"{name:16} relative error {value:.1e}")
+    passed = worst < 1e-13
+    print("self-check passed" if passed else "SELF-CHECK FAILED: the results above are wrong. Rebuild, and report this.")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
