@@ -24,13 +24,13 @@ model, positions independently:
     F_n = tau_n E_{y ~ p_n} [ grad(-log p_n(y)) grad(-log p_n(y))^T ],
 
 divided by the loss's own denominator. (The other reading, the second moment of the gradient of the loss of a drawn
-label with *that* label's weight, is not used.) So the Fisher matrix equals the Gauss-Newton matrix for
-cross entropy with all its options, binary cross entropy, squared error, Poisson loss of a log rate, and Gaussian loss of given
+label with *that* label's weight, is not used.) So the Fisher matrix equals the Gauss-Newton matrix for cross entropy
+with all its options, binary cross entropy, squared error, Poisson loss of a log rate, and Gaussian loss of given
 variance. The distributions: softmax; exp of the outputs (`nll_loss`, `kl_div`: they must be normalised); Bernoulli;
-for `mse_loss` a Gaussian of variance 1/2, for which `(u - y)^2` is the negative log likelihood; Poisson with rate
-exp(u), or u + eps with `log_input=False`; Gaussian of the given variance. For the last but one, and for `nll_loss` and
-`kl_div` (linear in the outputs: Gauss-Newton matrix zero), the two matrices differ. Other losses have no Fisher matrix
-and say so.
+for `mse_loss` a Gaussian of variance 1/2, for which `(u - y)^2` is the negative log likelihood, and for `l1_loss` a
+Laplace distribution of scale 1; Poisson with rate exp(u), or u + eps with `log_input=False`; Gaussian of the given
+variance. The two matrices differ for a Poisson rate, for Bernoulli probabilities, and where the Gauss-Newton matrix is
+zero: `l1_loss`, and `nll_loss` and `kl_div` (linear in the outputs). Other losses have no Fisher matrix and say so.
 """
 
 from __future__ import annotations

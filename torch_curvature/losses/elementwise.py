@@ -1,211 +1,33 @@
 """Losses that are a sum over elements, `value = sum_e weight_e f(u_e, y_e)`: their Hessian is diagonal.
 
-Each `Element` states f, its first and second derivatives (almost everywhere, where f has kinks), and, where the loss
-is a negative log likelihood up to a constant, the Fisher information of one element and a draw of its score. Weights
-multiply the likelihood of an element; only targets are drawn from the model.
+Weights multiply the likelihood of an element; only targets are drawn from the model.
 """
 
 from __future__ import annotations
 
-import abc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .call import Call
+from .checks import check_tensor, expand_to_input, not_finite, raise_if
+from .elements import (
+    AbsoluteError,
+    Bernoulli,
+    Element,
+    Gaussian,
+    Huber,
+    Logistic,
+    PoissonLogRate,
+    PoissonRate,
+    SquaredError,
+)
 from .interface import BoundLoss, Columns, check_products, working_dtype
 from .layout import Layout
 from .slots import Slots
-
-Draw = Callable[[Tensor, torch.Generator | None], Tensor]
-
-
-class Element(abc.ABC):
-    """One element of the loss; u, y and results have one shape."""
-
-    @abc.abstractmethod
-    def value(self, u: Tensor, y: Tensor) -> Tensor: ...
-
-    @abc.abstractmethod
-    def first(self, u: Tensor, y: Tensor) -> Tensor: ...
-
-    @abc.abstractmethod
-    def second(self, u: Tensor, y: Tensor) -> Tensor: ...
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor | None:
-        """The Fisher information of u (y only says how much weight was observed), or None: no distribution."""
-        return None
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        """`[M, *u.shape]` draws with mean square `fisher`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class SquaredError(Element):
-    """(u - y)^2: a Gaussian of variance 1/2, whose Fisher information is the second derivative, 2."""
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return (u - y).square()
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return 2 * (u - y)
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return torch.full_like(u, 2.0)
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor:
-        return self.second(u, y)
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        return math.sqrt(2) * _normal(u, samples, generator)
-
-
-@dataclass(frozen=True)
-class AbsoluteError(Element):
-    """|u - y|: second derivative zero almost everywhere."""
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return (u - y).abs()
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return (u - y).sign()
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros_like(u)
-
-
-@dataclass(frozen=True)
-class Huber(Element):
-    """(u - y)^2 / (2 width) for |u - y| < delta, and its tangents beyond (almost everywhere).
-
-    torch's Huber loss has width 1, its smooth L1 loss width = delta = beta.
-    """
-
-    delta: float
-    width: float
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return F.huber_loss(u, y, reduction="none", delta=self.delta) / self.width
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return (u - y).clamp(-self.delta, self.delta) / self.width
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return ((u - y).abs() < self.delta).to(u.dtype) / self.width
-
-
-@dataclass(frozen=True)
-class Logistic(Element):
-    """Binary cross entropy of a logit, -(pos y log s + (1 - y) log(1 - s)) with s = sigmoid(u).
-
-    The observed mass pos y + 1 - y times the Bernoulli information s (1 - s) is the second derivative and the Fisher
-    information alike.
-    """
-
-    pos_weight: Tensor | None
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(u, y, reduction="none", pos_weight=self.pos_weight)
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        positive = y if self.pos_weight is None else self.pos_weight * y
-        return (1 - y) * u.sigmoid() - positive * (-u).sigmoid()
-
-    def _mass(self, y: Tensor) -> Tensor:
-        return torch.ones_like(y) if self.pos_weight is None else self.pos_weight * y + (1 - y)
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return self._mass(y) * u.sigmoid() * (-u).sigmoid()
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor:
-        return self.second(u, y)
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        s = u.sigmoid().expand(samples, *u.shape)
-        drawn = torch.bernoulli(s, generator=generator)
-        return torch.where(drawn > 0, -(-u).sigmoid(), s) * self._mass(y).sqrt()
-
-
-@dataclass(frozen=True)
-class PoissonLogRate(Element):
-    """exp(u) - y u: Poisson with rate exp(u)."""
-
-    full: bool
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return F.poisson_nll_loss(u, y, log_input=True, full=self.full, reduction="none")
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return u.exp() - y
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return u.exp()
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor:
-        return u.exp()
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        rate = u.exp().expand(samples, *u.shape)
-        return rate - torch.poisson(rate, generator=generator)
-
-
-@dataclass(frozen=True)
-class PoissonRate(Element):
-    """u - y log(u + eps): up to a constant, Poisson with rate u + eps.
-
-    The second derivative y / (u + eps)^2 depends on the target; the Fisher information is 1 / (u + eps).
-    """
-
-    full: bool
-    eps: float
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return F.poisson_nll_loss(u, y, log_input=False, full=self.full, eps=self.eps, reduction="none")
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return 1 - y / (u + self.eps)
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return y / (u + self.eps).square()
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor:
-        return 1 / (u + self.eps)
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        rate = (u + self.eps).expand(samples, *u.shape)
-        return 1 - torch.poisson(rate, generator=generator) / rate
-
-
-@dataclass(frozen=True)
-class Gaussian(Element):
-    """(log var + (u - y)^2 / var) / 2 with a given variance (already clamped at eps)."""
-
-    var: Tensor
-    full: bool
-
-    def value(self, u: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * (self.var.log() + (u - y).square() / self.var + (math.log(2 * math.pi) if self.full else 0))
-
-    def first(self, u: Tensor, y: Tensor) -> Tensor:
-        return (u - y) / self.var
-
-    def second(self, u: Tensor, y: Tensor) -> Tensor:
-        return 1 / self.var
-
-    def fisher(self, u: Tensor, y: Tensor) -> Tensor:
-        return 1 / self.var
-
-    def score(self, u: Tensor, y: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-        return _normal(u, samples, generator) / self.var.sqrt()
-
-
-def _normal(u: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn((samples, *u.shape), dtype=u.dtype, device=u.device, generator=generator)
 
 
 class ElementwiseLoss(BoundLoss):
@@ -297,3 +119,94 @@ class ElementwiseLoss(BoundLoss):
         if self._weight is not None:
             score = score * self._weight.sqrt()
         return self.layout.write(score.unsqueeze(-1))
+
+
+def mse_loss(call: Call) -> ElementwiseLoss:
+    """Squared error; with `weight` (of the input's shape) the mean divides by the sum of the weights, as torch does."""
+    return _bind(call, SquaredError(), weight_is_the_mean=True)
+
+
+def l1_loss(call: Call) -> ElementwiseLoss:
+    """Absolute error; Hessian zero almost everywhere."""
+    return _bind(call, AbsoluteError(), weight_is_the_mean=True)
+
+
+def huber_loss(call: Call) -> ElementwiseLoss:
+    """Huber loss; the almost-everywhere Hessian: 1 where |u - y| < delta, else 0."""
+    delta = float(call.arguments["delta"])
+    if delta <= 0:
+        raise ValueError(f"{call.name}: delta must be positive, got {delta}.")
+    return _bind(call, Huber(delta, 1.0))
+
+
+def smooth_l1_loss(call: Call) -> ElementwiseLoss:
+    """Smooth L1 loss; the almost-everywhere Hessian: 1/beta where |u - y| < beta, else 0 (beta = 0 is L1)."""
+    beta = float(call.arguments["beta"])
+    if beta < 0:
+        raise ValueError(f"{call.name}: beta must not be negative, got {beta}.")
+    return _bind(call, Huber(beta, beta) if beta > 0 else AbsoluteError())
+
+
+def binary_cross_entropy_with_logits(call: Call) -> ElementwiseLoss:
+    """Binary cross entropy; `weight` and `pos_weight` broadcast to the input from the right, as torch does."""
+    pos_weight = call.arguments["pos_weight"]
+    rows = None if pos_weight is None else _rows(call, "pos_weight", pos_weight, from_the_right=True)
+    return _bind(call, Logistic(rows), weight_from_the_right=True)
+
+
+def binary_cross_entropy(call: Call) -> ElementwiseLoss:
+    """Binary cross entropy of probabilities strictly between 0 and 1; `weight` as with logits."""
+    u = call.layout.read(call.outputs.detach())
+    advice = "apply binary_cross_entropy_with_logits to the logits instead, whose derivatives stay finite."
+    inside = f"{call.name}: outputs must lie strictly between 0 and 1, where its derivatives exist; {advice}"
+    raise_if([(((u <= 0) | (u >= 1)).any(), inside)])
+    return _bind(call, Bernoulli(), weight_from_the_right=True)
+
+
+def poisson_nll_loss(call: Call) -> ElementwiseLoss:
+    """Poisson negative log likelihood of a log rate or (`log_input=False`) of a rate."""
+    full = bool(call.arguments["full"])
+    if call.arguments["log_input"]:
+        return _bind(call, PoissonLogRate(full))
+    eps = float(call.arguments["eps"])
+    lowest = call.layout.read(call.outputs.detach()) + eps
+    raise_if([((lowest <= 0).any(), f"{call.name} with log_input=False: outputs are rates and must be positive.")])
+    return _bind(call, PoissonRate(full, eps))
+
+
+def gaussian_nll_loss(call: Call) -> ElementwiseLoss:
+    """Gaussian negative log likelihood with a given variance (a float or a tensor, clamped at `eps`)."""
+    var = call.arguments["var"]
+    if not isinstance(var, Tensor):
+        var = call.input.new_tensor(float(var))
+    var = check_tensor(call.name, "var", var, call.input).detach().to(call.input.dtype)
+    raise_if([((var < 0).any(), f"{call.name}: var has negative entries.")])
+    if var.dim() == call.input.dim() - 1 and var.shape == call.input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    rows = _rows(call, "var", var.clamp(min=call.arguments["eps"]))
+    return _bind(call, Gaussian(rows, bool(call.arguments["full"])))
+
+
+def _rows(call: Call, what: str, value: Any, from_the_right: bool = False) -> Tensor:
+    """A target, weight or variance as `[N, D]`, in the working dtype."""
+    value = check_tensor(call.name, what, value, call.input).detach().to(call.input.dtype)
+    if from_the_right and value.dim() < call.input.dim():
+        value = value.reshape((1,) * (call.input.dim() - value.dim()) + value.shape)
+    return call.layout.rows(expand_to_input(call.name, what, value, call.input.shape).reshape(-1))
+
+
+def _bind(
+    call: Call, element: Element, weight_is_the_mean: bool = False, weight_from_the_right: bool = False
+) -> ElementwiseLoss:
+    y = _rows(call, "target", call.target)
+    given = call.arguments.get("weight")
+    weight = None if given is None else _rows(call, "weight", given, weight_from_the_right)
+    checks = [not_finite(call.name, "target", y), not_finite(call.name, "outputs", call.outputs)]
+    raise_if(checks if weight is None else [*checks, not_finite(call.name, "weight", weight)])
+    if call.layout.mask is not None:
+        padding = call.layout.mask.to(y.dtype)
+        weight = padding if weight is None else weight * padding
+    mean: Tensor | float = float(call.input.numel())
+    if given is not None and weight_is_the_mean and weight is not None:
+        mean = weight.double().sum() if weight.device.type != "mps" else weight.sum()
+    return ElementwiseLoss(call.name, call.outputs, call.layout, call.denominator(mean), element, y, weight)

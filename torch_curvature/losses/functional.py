@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .call import Call, normalisation_of
 from .checks import check_outputs
 from .cross_entropy import cross_entropy
-from .elementwise_calls import (
+from .elementwise import (
+    binary_cross_entropy,
     binary_cross_entropy_with_logits,
     gaussian_nll_loss,
     huber_loss,
@@ -64,6 +65,7 @@ CLOSED_FORMS = [
     ClosedForm(F.nll_loss, nn.NLLLoss, nll_loss, lambda dim: dim >= 2),
     ClosedForm(F.kl_div, nn.KLDivLoss, kl_div, lambda dim: dim == 2),
     ClosedForm(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, binary_cross_entropy_with_logits),
+    ClosedForm(F.binary_cross_entropy, nn.BCELoss, binary_cross_entropy),
     ClosedForm(F.mse_loss, nn.MSELoss, mse_loss),
     ClosedForm(F.l1_loss, nn.L1Loss, l1_loss),
     ClosedForm(F.huber_loss, nn.HuberLoss, huber_loss),

@@ -94,8 +94,8 @@ class GenericLoss(BoundLoss):
         size = samples * places * width * width * self._leaf.element_size()
         if size > DENSE_LIMIT:
             raise ValueError(
-                f"{self.name}: the Hessians of this loss of unknown form are [{samples}, {places}, {width}, {width}] and "
-                f"would take {size / 2**30:.1f} GiB. Return a loss of torch itself (cross_entropy has a closed form), "
+                f"{self.name}: the Hessians of this loss of unknown form are [{samples}, {places}, {width}, {width}] "
+                f"and take {size / 2**30:.1f} GiB. Return a loss of torch itself (cross_entropy has a closed form), "
                 "give smaller batches, or use products only."
             )
         blocks = self._leaf.new_empty(samples, places, width, width)
@@ -106,13 +106,9 @@ class GenericLoss(BoundLoss):
         if blocks.numel():
             bad = ~blocks.isfinite().all()
             wrong = (blocks - blocks.mT).abs().max() > tolerance(blocks)
-            raise_if(
-                [
-                    (bad, f"{self.name}: the second derivative of the loss holds NaN or infinity."),
-                    (wrong, f"{self.name}: the second derivative that torch gives for this loss is not symmetric, so it "
-                     "is wrong. Write the loss out in elementary operations."),
-                ]
-            )  # fmt: skip
+            derivative = f"{self.name}: the second derivative that torch gives for this loss"
+            written = "is not symmetric, so it is wrong. Write the loss out in elementary operations."
+            raise_if([(bad, f"{derivative} holds NaN or infinity."), (wrong, f"{derivative} {written}")])
         return (blocks + blocks.mT) / 2
 
     @cached_property
@@ -152,8 +148,8 @@ class GenericLoss(BoundLoss):
 
     def _no_distribution(self) -> ValueError:
         return ValueError(
-            f"{self.name}: no predictive distribution is known for this loss, so it has no Fisher matrix. Use a loss of "
-            "torch.nn.functional that is a likelihood, or the Gauss-Newton matrix or the empirical Fisher."
+            f"{self.name}: no predictive distribution is known for this loss, so it has no Fisher matrix. Use a loss "
+            "of torch.nn.functional that is a likelihood, or the Gauss-Newton matrix or the empirical Fisher."
         )
 
     @property

@@ -109,7 +109,7 @@ def nll_loss(call: Call) -> LinearLoss:
 
 
 def kl_div(call: Call) -> LinearLoss:
-    """Pointwise divergence `t (log t - u)` of log probabilities u; `reduction="batchmean"` divides by the batch size."""
+    """Pointwise divergence `t (log t - u)` of log probabilities u; `"batchmean"` divides by the batch size."""
     given = check_tensor(call.name, "target", call.target, call.input).detach().to(call.input.dtype)
     given = expand_to_input(call.name, "target", given, call.input.shape)
     rows = call.layout.rows(rows_of_input(given, class_axis=given.dim() == 2))

@@ -51,7 +51,7 @@ def check_scalar(name: str, value: Any) -> Tensor:
 
 
 def tolerance(reference: Tensor) -> Tensor:
-    """What rounding may account for, given values of the size of `reference`: a few thousand units in the last place."""
+    """What rounding may account for, given values of the size of `reference`: 4096 units in the last place."""
     return 4096 * torch.finfo(reference.dtype).eps * reference.abs().max()
 
 
@@ -100,8 +100,8 @@ def find_reduction(name: str, loss_fn: LossFunction, outputs: Tensor, targets: A
         )
     if not fits:
         raise ValueError(
-            f"{name}: the loss of the batch ({value.item():.6g}) is neither the sum ({values.sum().item():.6g}) nor the "
-            f"mean ({values.mean().item():.6g}) of the losses of its {samples} samples, with their gradients. Either "
+            f"{name}: the loss of the batch ({value.item():.6g}) is neither the sum ({values.sum().item():.6g}) nor "
+            f"the mean ({values.mean().item():.6g}) of the losses of its {samples} samples and their gradients. Either "
             "samples interact, or the mean is over something else (valid tokens, weights). For a mean over valid "
             "targets return torch.nn.functional.cross_entropy (or another loss of torch) itself, applied to the "
             "outputs rearranged, so that its denominator is known; otherwise write the loss as a sum over samples."
