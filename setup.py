@@ -30,9 +30,16 @@ def cuda_toolkit() -> str | None:
     return os.path.realpath(top) if top else None
 
 
+def same_major_version(torch_cuda: str, toolkit: str) -> bool:
+    """Kernels of one major version of CUDA do not run beside another's runtime."""
+    nvcc = os.path.join(toolkit, "bin", "nvcc")
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if os.path.exists(nvcc) else ""
+    return f"release {torch_cuda.split('.')[0]}." in report
+
+
 def wants_cuda(torch_cuda: str | None, toolkit: str | None) -> bool:
     override = os.environ.get("TORCH_CURVATURE_CUDA")
-    possible = torch_cuda is not None and toolkit is not None
+    possible = torch_cuda is not None and toolkit is not None and same_major_version(torch_cuda, toolkit)
     if override == "1" and not possible:
         sys.exit(f"TORCH_CURVATURE_CUDA=1, but torch.version.cuda={torch_cuda} and the CUDA toolkit is {toolkit}.")
     return possible and override != "0"
@@ -70,9 +77,14 @@ def extension() -> dict:
         },
         depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
     )
-    if "cudart" in module.libraries:  # torch has loaded it already, and not every toolkit puts it where the linker looks
+    if (
+        "cudart" in module.libraries
+    ):  # torch has loaded it already, and not every toolkit puts it where the linker looks
         module.libraries.remove("cudart")
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    }
 
 
 setup(**extension())

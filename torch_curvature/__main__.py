@@ -39,7 +39,7 @@ def main() -> int:
         worst = max(worst, value)
         print(f"{name:16} relative error {value:.1e}")
     passed = worst < 1e-13
-    print("self-check passed" if passed else "SELF-CHECK FAILED: the results above are wrong. Rebuild, and report this.")
+    print("self-check passed" if passed else "SELF-CHECK FAILED: results are wrong. Rebuild, and report this.")
     return 0 if passed else 1
 
 
