@@ -19,5 +19,7 @@ except ImportError as error:
     ) from error
 
 from . import ops, reference
+from .layers import Use, register_rule
+from .matrices import EmpiricalFisher, Fisher, GaussNewton, Jacobian
 
-__all__ = ["ops", "reference"]
+__all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "Jacobian", "Use", "ops", "reference", "register_rule"]

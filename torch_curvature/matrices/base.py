@@ -1,0 +1,165 @@
+"""What all matrices have in common: the data, the passes over it, normalisation, and the representations."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..backprop import Backpropagation, working_dtype
+from ..capture import Capture, capture, trainable_parameters, unwrapped
+from ..factors import Factor
+from ..tangents import push_forward
+from .data import Batches, Forward, inputs_forward, pair_forward
+from .memory import Budget
+
+Columns = Iterator[tuple[Tensor, "Tensor | None"]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch on its way: the captured pass, the loss bound to it, and its columns pulled back chunk by chunk.
+
+    ``scale`` multiplies the columns; it carries the normalisation where the data is a single batch.
+    """
+
+    matrix: Matrix
+    captured: Capture
+    bound: Any
+    scale: float
+    backpropagation: Backpropagation | None
+    tangent: Tensor | None
+
+    def chunks(self) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
+        """Pairs (factors by parameter name, sign [V, N] or None)."""
+        assert self.backpropagation is not None
+        limit = max(1, self.matrix.budget.working_bytes() // (4 * self.backpropagation.column_bytes()))
+        for columns, sign in self.matrix._columns(self, limit):
+            if self.scale != 1.0:
+                columns = columns * self.scale
+            yield self.backpropagation.factors(columns), sign
+
+
+class Matrix(abc.ABC):
+    """A curvature matrix of ``model`` and ``loss_fn`` on ``data``; nothing is computed before a method is called.
+
+    Rows and columns are the parameters with ``requires_grad`` in ``model.named_parameters()`` order, each flattened.
+    """
+
+    title: str
+    uses_loss = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Any,
+        *,
+        forward: Forward | None = None,
+        memory_budget: float | None = None,
+        progress: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = unwrapped(model)
+        self.parameters = trainable_parameters(self.model)
+        if not self.parameters:
+            raise ValueError("model has no parameter with requires_grad=True: there is nothing to differentiate")
+        for name, p in self.parameters.items():
+            if not p.is_floating_point():
+                raise TypeError(f"parameter {name!r} has dtype {p.dtype}: real floating parameters are needed")
+        self.loss = losses.interpret(loss_fn) if self.uses_loss else None
+        self.forward: Forward = forward or (pair_forward if self.uses_loss else inputs_forward)
+        self.batches = Batches(data, forward is not None, progress)
+        first = next(iter(self.parameters.values()))
+        self.device = first.device
+        self.budget = Budget(memory_budget, self.device)
+        self.dtype = working_dtype(max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize))
+        self._plans: list[Any] = []
+
+    # ------------------------------------------------------------------ passes
+
+    @abc.abstractmethod
+    def _columns(self, batch: Batch, limit: int) -> Columns:
+        """Columns of one batch, at most ``limit`` at once."""
+
+    def _sweep(self, what: str, tangents: dict[str, Tensor] | None = None) -> Iterator[Batch]:
+        """Observe batch after batch; after the last, ``self._denominator`` is what results must be divided by.
+
+        With ``tangents`` the pass is a forward-mode one: ``batch.tangent`` is the product of the Jacobian with them,
+        and no factors are prepared.
+        """
+        denominators: list[Tensor] = []
+        self._denominator = 1.0
+        count = 0
+        for batch in self.batches.read(f"{self.title}.{what}"):
+            backpropagation, tangent = None, None
+            if tangents is None:
+                captured = capture(self.model, self.forward, batch, self.parameters)
+                backpropagation = Backpropagation(self.model, self.parameters, captured, self.forward)
+                if backpropagation.plan not in self._plans:
+                    self._plans.append(backpropagation.plan)
+            else:
+                captured, tangent = push_forward(self.model, self.forward, batch, self.parameters, tangents)
+            bound, scale = None, 1.0
+            if self.loss is not None:
+                bound = self.loss.bind(captured.outputs.detach(), captured.targets)
+                if self.batches.single:
+                    scale = float(self.loss.combine([bound.denominator])) ** -0.5
+                else:
+                    denominators.append(bound.denominator)
+            count += 1
+            yield Batch(self, captured, bound, scale, backpropagation, tangent)
+        if count == 0:
+            raise ValueError("data holds no batch")
+        if self.loss is not None and denominators:
+            self._denominator = float(self.loss.combine(denominators))
+
+    # ------------------------------------------------------------------ what happened
+
+    def coverage(self) -> dict[str, str]:
+        """For each parameter of the model how it is handled.
+
+        Returns:
+            {name: "closed rule" | "fallback: why" | "unused" | "frozen"}. Unused parameters do not influence the
+            outputs: their part of every matrix is zero. Frozen ones (requires_grad=False) are left out. Reads one
+            batch if no method has been called yet.
+        """
+        if not self._plans:
+            next(self._sweep("coverage"))
+        found = {}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                found[name] = "frozen"
+                continue
+            why = [plan.fallback[name] for plan in self._plans if name in plan.fallback]
+            closed = any(name in plan.closed for plan in self._plans)
+            found[name] = f"fallback: {why[0]}" if why else "closed rule" if closed else "unused"
+        return found
+
+    def _groups(self, by: str) -> dict[str, list[str]]:
+        """Parameters joined into blocks."""
+        if by == "parameter":
+            return {name: [name] for name in self.parameters}
+        if by != "module":
+            raise ValueError(f"by must be 'parameter' or 'module', got {by!r}")
+        groups: dict[str, list[str]] = {}
+        for name in self.parameters:
+            groups.setdefault(name.rpartition(".")[0], []).append(name)
+        return groups
+
+    def _size(self, names: list[str] | None = None) -> int:
+        return sum(self.parameters[n].numel() for n in (self.parameters if names is None else names))
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """[P, ...] -> {name: [*shape, ...]}."""
+        pieces = vector.split([p.numel() for p in self.parameters.values()])
+        return {n: v.reshape(*p.shape, *vector.shape[1:]) for (n, p), v in zip(self.parameters.items(), pieces)}
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)

@@ -1,0 +1,148 @@
+"""Diagonal, trace and Kronecker factors: what needs neither blocks nor Jacobians of all parameters at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..factors import Factor, diagonal, jacobian_chunks, mirror_upper, mirrored_gram, squared_norms
+from .blocks import normalised
+
+
+def diagonal_of(matrix: Any) -> dict[str, Tensor]:
+    """{name: tensor of the parameter's shape}."""
+    sums: dict[str, Tensor] = {}
+    for batch in matrix._sweep("diagonal"):
+        for factors, sign in batch.chunks():
+            for name, factor in factors.items():
+                part = diagonal(factor, sign)
+                known = sums.get(name)
+                sums[name] = part if known is None else known.add_(part)
+    for name, p in matrix.parameters.items():
+        if name not in sums:
+            sums[name] = matrix.zeros(*p.shape)
+    return normalised({name: sums[name] for name in matrix.parameters}, matrix._denominator)
+
+
+def trace_of(matrix: Any) -> Tensor:
+    """The sum of the columns' squared norms."""
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for batch in matrix._sweep("trace"):
+        for factors, sign in batch.chunks():
+            for factor in factors.values():
+                norms = squared_norms(factor)
+                total = total + (norms if sign is None else norms * sign).sum(dtype=torch.float64)
+    return (total / matrix._denominator).to(matrix.dtype)
+
+
+def kronecker_of(matrix: Any, sharing: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (A, B)}; see ``QuadraticMatrix.kronecker``."""
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
+    sums: dict[str, list[Tensor]] = {}
+    rows_seen: dict[str, int] = {}
+    checked = False
+    for batch in matrix._sweep("kronecker"):
+        first = True
+        for factors, sign in batch.chunks():
+            joined = _with_bias(matrix, factors)
+            if not checked:
+                _check_size(matrix, joined)
+                checked = True
+            for key, (factor, ones) in joined.items():
+                if factor.a is not None and sharing == "reduce" and factor.positions > 1:
+                    factor = Factor(
+                        factor.g.sum(2, keepdim=True),
+                        factor.a.mean(1, keepdim=True),
+                        factor.shape,
+                        factor.transposed,
+                        factor.rows,
+                    )
+                B = _output_factor(factor, sign, matrix.budget.working_bytes())
+                if key not in sums:
+                    sums[key] = [_input_factor(factor, ones).mul_(0), B]
+                    rows_seen[key] = 0
+                else:
+                    sums[key][1] += B
+                if first:
+                    sums[key][0] += _input_factor(factor, ones)
+                    rows_seen[key] += 1 if factor.a is None else factor.a.shape[0] * factor.a.shape[1]
+            first = False
+    found = {}
+    for key, (A, B) in sums.items():
+        found[key] = (A / rows_seen[key], B / matrix._denominator)
+    return found
+
+
+def _with_bias(matrix: Any, factors: dict[str, Factor]) -> dict[str, tuple[Factor, bool]]:
+    """Weights joined with the bias of the same module (a column of ones in ``a``); the rest under their own names."""
+    weights: dict[str, list[str]] = {}
+    for name, factor in factors.items():
+        if factor.a is not None:
+            weights.setdefault(name.rpartition(".")[0], []).append(name)
+    joined: dict[str, tuple[Factor, bool]] = {}
+    taken = set()
+    for module, names in weights.items():
+        bias = f"{module}.bias" if module else "bias"
+        alone = len(names) == 1
+        for name in names:
+            factor = factors[name]
+            other = factors.get(bias)
+            with_bias = (
+                alone
+                and other is not None
+                and other.a is None
+                and other.outputs == factor.outputs
+                and name.rpartition(".")[2] == "weight"
+            )
+            if with_bias:
+                taken.add(bias)
+            joined[module if alone and module else name] = (factor, with_bias)
+            taken.add(name)
+    joined.update({n: (f, False) for n, f in factors.items() if n not in taken})
+    return joined
+
+
+def _check_size(matrix: Any, joined: dict[str, tuple[Factor, bool]]) -> None:
+    entries = 0
+    for factor, ones in joined.values():
+        I = factor.shape[0] if factor.rows is not None else factor.inputs + ones
+        O = factor.shape.numel() if factor.a is None else factor.outputs
+        entries += I * I + O * O
+    matrix.budget.require(
+        entries,
+        matrix.dtype.itemsize,
+        f"{matrix.title}.kronecker()",
+        "parameters without a Kronecker structure have their whole block as a factor; freeze the large ones, or raise "
+        "memory_budget (GiB)",
+    )
+
+
+def _input_factor(factor: Factor, ones: bool) -> Tensor:
+    if factor.a is None:
+        return factor.g.new_ones(1, 1)
+    flat = factor.a.reshape(-1, factor.inputs)
+    if factor.rows is not None:
+        full = flat.new_zeros(factor.shape[0], factor.shape[0])
+        full[factor.rows[:, None], factor.rows] = flat.T @ flat
+        return full
+    if ones:
+        flat = torch.cat([flat, flat.new_ones(flat.shape[0], 1)], 1)
+    return mirror_upper(flat.T @ flat)
+
+
+def _output_factor(factor: Factor, sign: Tensor | None, working_bytes: int) -> Tensor:
+    if factor.a is None:
+        total = None
+        for chosen, J in jacobian_chunks(factor, max(1, working_bytes // (4 * factor.g.element_size()))):
+            part = mirrored_gram(J.reshape(-1, J.shape[2]), None if sign is None else sign[:, chosen].reshape(-1))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+    flat = factor.g.reshape(-1, factor.outputs)
+    if sign is None:
+        return mirror_upper(flat.T @ flat)
+    weights = sign[:, :, None].expand(factor.g.shape[:3]).reshape(-1, 1)
+    return mirror_upper(flat.T @ (flat * weights))

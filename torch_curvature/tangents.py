@@ -1,0 +1,88 @@
+"""Products with the network's Jacobian: ``J v`` in forward mode, ``J^T u`` by one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .capture import Capture, Recorder, capture
+
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+class TangentRecorder(Recorder):
+    """Hands every function that receives a parameter the parameter with its tangent; records nothing."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]) -> None:
+        super().__init__({})
+        self.duals = {
+            id(p): forward_ad.make_dual(p, tangents[name].reshape(p.shape).to(p.dtype))
+            for name, p in parameters.items()
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {key: self._with_tangents(value) for key, value in kwargs.items()} if kwargs else {}
+        return super().__torch_function__(func, types, tuple(self._with_tangents(x) for x in args), kwargs)
+
+    def _with_tangents(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.duals.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._with_tangents(x) for x in value)
+        if type(value) is dict:
+            return {key: self._with_tangents(x) for key, x in value.items()}
+        return value
+
+
+def push_forward(
+    model: nn.Module, forward: Forward, batch: Any, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
+) -> tuple[Capture, Tensor]:
+    """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
+    try:
+        with forward_ad.dual_level():
+            captured = capture(model, forward, batch, parameters, TangentRecorder(parameters, tangents))
+            captured.outputs, tangent = forward_ad.unpack_dual(captured.outputs)
+            tangent = torch.zeros_like(captured.outputs) if tangent is None else tangent.detach()
+        return captured, tangent
+    except NotImplementedError:  # a function of the model has no forward-mode derivative
+        captured = capture(model, forward, batch, parameters, Recorder({}))
+        return captured, double_backward_product(captured, parameters, tangents)
+
+
+def double_backward_product(
+    captured: Capture, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
+) -> Tensor:
+    """``J v`` as the derivative of ``v . (J^T u)`` with respect to u, which does not depend on u."""
+    outputs = captured.outputs
+    u = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(
+        outputs, list(parameters.values()), u, create_graph=True, retain_graph=True, allow_unused=True
+    )
+    pairs = [(g, tangents[n]) for n, g in zip(parameters, pulled) if g is not None and g.requires_grad]
+    if not pairs:
+        return torch.zeros_like(outputs)
+    directions = [t.reshape(g.shape).to(g.dtype) for g, t in pairs]
+    (product,) = torch.autograd.grad([g for g, _ in pairs], u, directions, retain_graph=True)
+    return product.detach()
+
+
+def pull_back(captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``J^T u``, [P], for u of the outputs' shape."""
+    pulled = torch.autograd.grad(
+        captured.outputs,
+        list(parameters.values()),
+        u.to(captured.outputs.dtype),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    pieces = []
+    for p, g in zip(parameters.values(), pulled):
+        if g is None:
+            pieces.append(torch.zeros(p.numel(), dtype=dtype, device=p.device))
+        else:
+            pieces.append((g.to_dense() if g.is_sparse else g).reshape(-1).to(dtype))
+    return torch.cat(pieces)
