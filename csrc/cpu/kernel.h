@@ -4,6 +4,9 @@
 #include "memory.h"
 #include "simd.h"
 
+#include <atomic>
+#include <new>
+
 namespace torch_curvature::cpu {
 
 // A fresh, uninitialised result. Refused by its size before anything is allocated; large ones ask for huge pages.
@@ -46,4 +49,37 @@ void parallel_over(int64_t count, int64_t cost, const F& f) {
   constexpr int64_t kGrain = 32768;
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)), f);
 }
+
+// Runs f(task) for tasks of unequal or unknown cost: each thread takes the next one when it is free. Who computes what
+// must not matter to the result. Tasks that are tiny in all are not worth a thread.
+template <class F>
+void share_tasks(int64_t count, bool worth_threads, const F& f) {
+  if (!worth_threads || count <= 1) {
+    for (int64_t task = 0; task < count; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(task);
+  });
+}
+constexpr double kWorthThreads = 1e5;  // multiply-adds below which one thread is faster
+
+// Uninitialised scratch memory, aligned to cache lines; large pieces ask for huge pages.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<A*>(::operator new(bytes(count), std::align_val_t(64)))) {
+    advise_huge_pages(data_, bytes(count));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  operator A*() const { return data_; }
+
+ private:
+  static size_t bytes(int64_t count) { return std::max<int64_t>(64, count * sizeof(A)); }
+  A* data_;
+};
 }  // namespace torch_curvature::cpu

@@ -12,6 +12,8 @@
 #define CURVATURE_CLONES
 #endif
 #define CURVATURE_INLINE inline __attribute__((always_inline))
+#define CURVATURE_JOIN_(a, b) a##b
+#define CURVATURE_JOIN(a, b) CURVATURE_JOIN_(a, b)
 
 namespace torch_curvature::cpu {
 

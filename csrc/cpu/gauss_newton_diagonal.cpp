@@ -1,0 +1,135 @@
+// gauss_newton_diagonal: out[o, i] = sum_vn sign[v, n] J[v, n, o, i]^2, J[v, n] = sum_s g[v, n, s] (x) a[n, s]
+//
+// Shapes: g [V, N, S, O], a [N, S, I], sign [V, N], out [O, I].
+// S = 1: out = h^T a^2 with h[n, o] = sum_v sign g^2; 2 N O I + 3 N V O flops, bytes of g and a once.
+// S > 1: each tile of J[v, n] is squared and added as it leaves the registers; 2 V N S O I flops, J is never stored.
+// Samples go in a number of chunks that does not depend on the threads, so neither does the result.
+#include "jacobian.h"
+
+namespace torch_curvature::cpu {
+namespace {
+constexpr int64_t kTileSize = kCols<float> * kRows;  // room for a tile of either precision
+
+// h[n, k] = sum_v sign[v, n] g[v, n, k]^2 for `count` outputs, packed with rows kRows apart.
+template <class T, class A>
+CURVATURE_CLONES void weighted_squares(const T* g, int64_t gv, int64_t go, const T* sign, int64_t sv, int64_t V,
+                                       int64_t count, A* __restrict__ h) {
+  for (int64_t k = 0; k < kRows; ++k) h[k] = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    const A w = sign ? static_cast<A>(sign[v * sv]) : A(1);
+    for (int64_t k = 0; k < count; ++k) {
+      const A x = static_cast<A>(g[v * gv + k * go]);
+      h[k] += w * x * x;
+    }
+  }
+}
+
+template <class A>
+CURVATURE_CLONES void square(A* x, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) x[k] *= x[k];
+}
+
+template <class A>
+CURVATURE_CLONES void add_squares(const A* __restrict__ tile, A w, A* __restrict__ sum) {
+  for (int64_t k = 0; k < kRows * kCols<A>; ++k) sum[k] += w * tile[k] * tile[k];
+}
+
+// out rows o0.. and columns i0.. from a tile.
+template <class T, class A>
+void store(const A* tile, int64_t o0, int64_t i0, const JacobianSizes& s, T* out) {
+  for (int64_t r = 0; r < std::min(kRows, s.O - o0); ++r)
+    for (int64_t c = 0; c < std::min(kCols<A>, s.I - i0); ++c)
+      out[(o0 + r) * s.I + i0 + c] = static_cast<T>(tile[r * kCols<A> + c]);
+}
+
+template <class T>
+void one_position(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
+  using A = accumulate_t<T>;
+  constexpr int64_t W = kCols<A>, kSamples = 256;
+  const JacobianSizes& s = J.size;
+  const int64_t columns = panels<A>(s.I);
+  const bool threads = double(s.N) * s.O * (s.I + s.V) > kWorthThreads;
+  const auto product = tile_product<A>();
+  Buffer<A> squares(columns * s.N * W);
+  share_tasks(columns, threads, [&](int64_t q) {
+    A* panel = squares + q * s.N * W;
+    pack_panel<T, A>(J.a + q * W * J.ai, s.N, J.an, J.ai, panel_width<A>(s.I, q), panel);
+    square<A>(panel, s.N * W);
+  });
+  share_tasks(divide_up(s.O, kRows), threads, [&](int64_t r) {
+    const int64_t rows = std::min(kRows, s.O - r * kRows);
+    Buffer<A> h(kSamples * kRows), tiles(columns * kTileSize);
+    for (int64_t n0 = 0; n0 < s.N; n0 += kSamples) {
+      const int64_t count = std::min(kSamples, s.N - n0);
+      for (int64_t n = 0; n < count; ++n)
+        weighted_squares<T, A>(J.g_at(0, n0 + n) + r * kRows * J.go, J.gv, J.go,
+                               sign.data ? sign.data + (n0 + n) * sign.n : nullptr, sign.v, s.V, rows, h + n * kRows);
+      for (int64_t q = 0; q < columns; ++q)
+        product(h, kRows, squares + (q * s.N + n0) * W, W, {count}, tiles + q * kTileSize, rows, panel_width<A>(s.I, q),
+                n0 > 0);
+    }
+    for (int64_t q = 0; q < columns; ++q) store<T, A>(tiles + q * kTileSize, r * kRows, q * W, s, out);
+  });
+}
+
+template <class T>
+void many_positions(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
+  using A = accumulate_t<T>;
+  constexpr int64_t W = kCols<A>, kChunks = 16, kPartial = 1 << 24;
+  const JacobianSizes& s = J.size;
+  const int64_t bands = divide_up(s.O, kRows), columns = panels<A>(s.I), tiles = bands * columns;
+  // Chunks of samples by groups of columns: partial sums stay small however large O and I are.
+  const int64_t chunks = std::clamp<int64_t>(kPartial / (tiles * kTileSize), 1, std::min(s.N, kChunks));
+  const int64_t groups = std::min(columns, divide_up(kChunks, chunks)), wide = divide_up(columns, groups);
+  const bool threads = double(s.V) * s.N * s.S * s.O * s.I > kWorthThreads;
+  const auto product = tile_product<A>();
+  Buffer<A> partial(chunks * tiles * kTileSize);
+  share_tasks(chunks * groups, threads, [&](int64_t task) {
+    const int64_t chunk = task / groups, q0 = task % groups * wide, q1 = std::min(columns, q0 + wide);
+    if (q0 >= q1) return;
+    A* sums = partial + chunk * tiles * kTileSize;
+    for (int64_t q = q0; q < q1; ++q) std::fill_n(sums + q * bands * kTileSize, bands * kTileSize, A(0));
+    Buffer<A> ap((q1 - q0) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kTileSize);
+    std::fill_n(static_cast<A*>(tile), kTileSize, A(0));
+    for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; ++n) {
+      const int64_t i0 = q0 * W, width = std::min(s.I, q1 * W) - i0;
+      pack_panels<T, A>(J.a_at(n) + i0 * J.ai, s.S, J.as, width, J.ai, ap);
+      for (int64_t v = 0; v < s.V; ++v) {
+        pack_panels<T, A>(J.g_at(v, n), s.S, J.gs, s.O, J.go, gp);
+        const A w = sign(v, n);
+        for (int64_t q = q0; q < q1; ++q)
+          for (int64_t r = 0; r < bands; ++r) {
+            packed_tile<A>(product, gp, r, s.O, ap, q - q0, width, s.S, tile);
+            add_squares<A>(tile, w, sums + (q * bands + r) * kTileSize);
+          }
+      }
+    }
+  });
+  share_tasks(tiles, threads, [&](int64_t t) {
+    A* sum = partial + t * kTileSize;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t k = 0; k < kRows * W; ++k) sum[k] += partial[(chunk * tiles + t) * kTileSize + k];
+    store<T, A>(sum, t % bands * kRows, t / bands * W, s, out);
+  });
+}
+
+Tensor gauss_newton_diagonal(const Tensor& g, const Tensor& a, std::optional<Tensor> sign) {
+  const JacobianSizes s = check_gauss_newton_diagonal(g, a, sign);
+  Tensor out = new_result("gauss_newton_diagonal", g, {s.O, s.I});
+  if (s.O * s.I == 0) return out;
+  if (s.V * s.N * s.S == 0) return torch::stable::zero_(out);
+  dispatch_floating(g.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Jacobian<T> J(g, a, s);
+    const Sign<T> signs(sign);
+    T* to = static_cast<T*>(out.data_ptr());
+    s.S == 1 ? one_position<T>(J, signs, to) : many_positions<T>(J, signs, to);
+  });
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
+  m.impl("gauss_newton_diagonal", TORCH_BOX(&gauss_newton_diagonal));
+}
+}  // namespace torch_curvature::cpu

@@ -1,0 +1,87 @@
+// The innermost product, shared by all kernels that contract tiles: c[r, q] (+)= sum_k a[k, r] b[k, q].
+//
+// Shapes: a [depth, kRows] with rows lda apart, b [depth, kCols] with rows ldb apart, c [kRows, kCols] in cache. Both
+// operands run along depth, so panels of either kind have one layout: [depth][kCols], eight columns of which make an a.
+// The tile of c stays in registers: 2 kRows kCols flops a step for kRows + kCols elements read from the first caches.
+#pragma once
+#include "simd.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace torch_curvature::cpu {
+constexpr int64_t kRows = 8;
+template <class A>
+constexpr int64_t kCols = 128 / sizeof(A);
+
+// Which rows of b meet the rows of a: row `index[k]` where an index is given (a holds only the rows that count).
+struct Depth {
+  int64_t count;
+  const int32_t* index = nullptr;
+};
+
+#define CURVATURE_TILE_NAME tile_generic
+#define CURVATURE_TILE_TARGET
+#define CURVATURE_TILE_BYTES 16
+#define CURVATURE_TILE_ROWS 4
+#include "tile_product_body.h"
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define CURVATURE_TILE_NAME tile_v3
+#define CURVATURE_TILE_TARGET __attribute__((target("arch=x86-64-v3")))
+#define CURVATURE_TILE_BYTES 32
+#define CURVATURE_TILE_ROWS 4
+#include "tile_product_body.h"
+
+#define CURVATURE_TILE_NAME tile_v4
+#define CURVATURE_TILE_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define CURVATURE_TILE_BYTES 64
+#define CURVATURE_TILE_ROWS 8
+#include "tile_product_body.h"
+#endif
+
+template <class A>
+using TileProduct = void (*)(const A*, int64_t, const A*, int64_t, Depth, A*, int64_t, int64_t, bool);
+
+// The best for this processor: (a, lda, b, ldb, depth, c, rows, cols, add). Only the first `rows` and `cols` of c are
+// needed; what lies beyond may be overwritten.
+template <class A>
+TileProduct<A> tile_product() {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+  static const TileProduct<A> best = __builtin_cpu_supports("x86-64-v4")   ? &tile_v4<A>
+                                     : __builtin_cpu_supports("x86-64-v3") ? &tile_v3<A>
+                                                                           : &tile_generic<A>;
+  return best;
+#else
+  return &tile_generic<A>;
+#endif
+}
+
+// out[k, c] = x[k depth_stride + c stride] for c < count, zero up to kCols.
+template <class T, class A>
+CURVATURE_CLONES void pack_panel(const T* x, int64_t depth, int64_t depth_stride, int64_t stride, int64_t count,
+                                 A* __restrict__ out) {
+  constexpr int64_t W = kCols<A>;
+  if (stride == 1 && count == W) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t c = 0; c < W; ++c) out[k * W + c] = static_cast<A>(x[k * depth_stride + c]);
+    return;
+  }
+  if (depth_stride == 1) {  // read along depth, a few steps at a time, so that the writes stay in the first cache
+    constexpr int64_t kStep = 16;
+    if (count < W) std::fill(out, out + depth * W, A(0));
+    for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
+      const int64_t k1 = std::min(depth, k0 + kStep);
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t k = k0; k < k1; ++k) out[k * W + c] = static_cast<A>(x[k + c * stride]);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t c = 0; c < count; ++c) out[k * W + c] = static_cast<A>(x[k * depth_stride + c * stride]);
+    for (int64_t c = count; c < W; ++c) out[k * W + c] = A(0);
+  }
+}
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+}  // namespace torch_curvature::cpu
