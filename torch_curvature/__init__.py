@@ -19,7 +19,29 @@ except ImportError as error:
     ) from error
 
 from . import ops, reference
+from .composition import compose, compose_hessian, compose_jacobian
 from .layers import Use, register_rule
+from .matching import MatchingLoss, is_matching, softmax_jacobian
 from .matrices import EmpiricalFisher, Fisher, GaussNewton, Jacobian
+from .products import frobenius_inner, inner, outer, tensor_product
 
-__all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "Jacobian", "Use", "ops", "reference", "register_rule"]
+__all__ = [
+    "EmpiricalFisher",
+    "Fisher",
+    "GaussNewton",
+    "Jacobian",
+    "MatchingLoss",
+    "Use",
+    "compose",
+    "compose_hessian",
+    "compose_jacobian",
+    "frobenius_inner",
+    "inner",
+    "is_matching",
+    "ops",
+    "outer",
+    "reference",
+    "register_rule",
+    "softmax_jacobian",
+    "tensor_product",
+]

@@ -83,10 +83,22 @@ def _categorical(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Ten
 
 def _categorical_log(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
     """`-u[y]` of log probabilities: score `-e_y`, so `w diag(exp u)`."""
+    return _of_log_probabilities(outputs, _class_weights(loss_fn, outputs, targets))
+
+
+def _divergence(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+    """`sum_c t_c (log t_c - u_c)` counts each prediction with `w = sum_c t_c`."""
+    if outputs.ndim != 2:
+        raise NotImplementedError(f"kl_div has a Fisher matrix for outputs [N, C], got {tuple(outputs.shape)}")
+    return _of_log_probabilities(outputs, (targets.exp() if option(loss_fn, "log_target") else targets).sum(1))
+
+
+def _of_log_probabilities(outputs: Tensor, weights: Tensor) -> Tensor:
     p = outputs.exp().movedim(1, -1)
-    if not torch.allclose(p.sum(-1), torch.ones_like(p.sum(-1)), rtol=1e-4):
-        raise ValueError("the outputs of a model with nll_loss must be log probabilities, theirs do not sum to one")
-    return _blocks(outputs, _class_weights(loss_fn, outputs, targets)[..., None, None] * torch.diag_embed(p))
+    total = p.sum(-1)
+    if not torch.allclose(total, torch.ones_like(total), rtol=1e-4):
+        raise ValueError("the outputs must be log probabilities for this loss, theirs do not sum to one")
+    return _blocks(outputs, weights[..., None, None] * torch.diag_embed(p))
 
 
 def _class_weights(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -144,11 +156,12 @@ def _laplace(loss_fn: LossFunction, u: Tensor, y: Tensor) -> Tensor:
 
 
 def _poisson(loss_fn: LossFunction, u: Tensor, y: Tensor) -> Tensor:
-    """`y` of mean and variance `m`: score `m - y` in `u = log m`; `1 - y / (u + eps)` in `u = m`."""
-    if option(loss_fn, "log_input"):
-        return u.exp()
-    shifted = u + (option(loss_fn, "eps") or 0.0)
-    return (1 - u / shifted) ** 2 + u / shifted**2
+    """Of mean and variance m: score `m - y` in `u = log m`; `1 - y / m` in u where `m = u + eps`."""
+    return u.exp() if option(loss_fn, "log_input") else 1 / (u + option(loss_fn, "eps"))
+
+
+def _normal_of_variance(loss_fn: LossFunction, u: Tensor, y: Tensor) -> Tensor:
+    return 1 / torch.as_tensor(option(loss_fn, "var"), dtype=u.dtype).clamp(min=option(loss_fn, "eps"))
 
 
 FISHER_OF: dict[Any, Callable[[LossFunction, Tensor, Tensor], Tensor]] = {
@@ -161,6 +174,8 @@ FISHER_OF: dict[Any, Callable[[LossFunction, Tensor, Tensor], Tensor]] = {
         ((nn.MSELoss, F.mse_loss), _elementwise(_normal)),
         ((nn.L1Loss, F.l1_loss), _elementwise(_laplace)),
         ((nn.PoissonNLLLoss, F.poisson_nll_loss), _elementwise(_poisson)),
+        ((nn.KLDivLoss, F.kl_div), _divergence),
+        ((F.gaussian_nll_loss,), _elementwise(_normal_of_variance)),
     )
     for kind in kinds
 }
