@@ -19,7 +19,7 @@ from .batch import join_samples, take_samples
 from .checks import check_outputs, raise_if
 from .generic import GenericLoss
 from .interface import BoundLoss, Loss, working_dtype
-from .probe import LossFunction, check_scalar, find_reduction, in_double
+from .probe import LossFunction, check_scalar, find_reduction, in_double, tolerance
 from .trace import trace
 
 
@@ -48,9 +48,10 @@ class CallableLoss(Loss):
         raise_if([(outputs.isnan().any(), f"{self.name}: outputs hold NaN.")])
         if outputs.shape[0] == 0:
             raise ValueError(f"{self.name}: a loss of unknown form cannot be bound to a batch of no samples.")
-        leaf = outputs.detach().to(working_dtype(outputs)).requires_grad_()
+        leaf = outputs.detach().to(working_dtype(outputs)).contiguous().requires_grad_()
         value, traced = trace(self._loss_fn, outputs, leaf, targets)
         if traced is not None:
+            self._check_targets_by_sample(traced.bound, leaf, targets)
             with self._lock:
                 self._settle(traced.normalisation)
             return traced.bound
@@ -60,6 +61,26 @@ class CallableLoss(Loss):
             self._settle(self._reduction_of(leaf.detach(), exact_targets))
             reduction = self.normalisation
         return GenericLoss(self.name, self._loss_fn, outputs, targets, leaf, value.reshape(()), reduction)
+
+    def _check_targets_by_sample(self, bound: BoundLoss, leaf: Tensor, targets: Any) -> None:
+        """Weights or targets made of the whole batch (class frequencies, say) show when half of it is bound alone."""
+        half = leaf.shape[0] // 2
+        if half == 0:
+            return
+        try:
+            part = leaf.detach()[:half].requires_grad_()
+            _, alone = trace(self._loss_fn, part, part, take_samples(targets, leaf.shape[0], range(half)))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return  # written for this batch size alone: its own structure was proved, and no other batch can be bound
+        if alone is None:
+            return
+        part_gradient, gradient = alone.bound.gradient(), bound.gradient()[:half]
+        if bool(((part_gradient - gradient).abs() > tolerance(gradient)).any()):
+            raise ValueError(
+                f"{self.name}: the loss of a sample depends on which others are in the batch (weights or targets "
+                "computed from the whole batch?), so no result would be independent of the split into batches. Compute "
+                "them once, from all the data."
+            )
 
     def _settle(self, found: str | None) -> None:
         """Keep the reduction found; all batches must agree."""

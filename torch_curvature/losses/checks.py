@@ -58,6 +58,14 @@ def expand_to_input(name: str, what: str, value: Tensor, shape: torch.Size) -> T
     )
 
 
+def require_shape(name: str, what: str, value: Any, shape: torch.Size) -> None:
+    """torch broadcasts many arguments; where it does not, neither does this package."""
+    if isinstance(value, Tensor) and value.shape != shape:
+        raise ValueError(
+            f"{name}: {what} must have the shape of the loss's input, {list(shape)}, got {list(value.shape)}."
+        )
+
+
 def raise_if(checks: Sequence[tuple[Tensor, str]]) -> None:
     """Raise the message of the first check whose 0-dim flag is true (one host sync for all of them)."""
     if not checks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_tensor, expand_to_input, not_finite, raise_if
+from .checks import check_tensor, expand_to_input, not_finite, raise_if, require_shape
 from .elements import (
     AbsoluteError,
     Bernoulli,
@@ -149,6 +149,7 @@ def smooth_l1_loss(call: Call) -> ElementwiseLoss:
 
 def binary_cross_entropy_with_logits(call: Call) -> ElementwiseLoss:
     """Binary cross entropy; `weight` and `pos_weight` broadcast to the input from the right, as torch does."""
+    require_shape(call.name, "target", call.target, call.input.shape)
     pos_weight = call.arguments["pos_weight"]
     rows = None if pos_weight is None else _rows(call, "pos_weight", pos_weight, from_the_right=True)
     return _bind(call, Logistic(rows), weight_from_the_right=True)
@@ -156,6 +157,7 @@ def binary_cross_entropy_with_logits(call: Call) -> ElementwiseLoss:
 
 def binary_cross_entropy(call: Call) -> ElementwiseLoss:
     """Binary cross entropy of probabilities strictly between 0 and 1; `weight` as with logits."""
+    require_shape(call.name, "target", call.target, call.input.shape)
     u = call.layout.read(call.outputs.detach())
     advice = "apply binary_cross_entropy_with_logits to the logits instead, whose derivatives stay finite."
     inside = f"{call.name}: outputs must lie strictly between 0 and 1, where its derivatives exist; {advice}"
@@ -200,6 +202,8 @@ def _bind(
 ) -> ElementwiseLoss:
     y = _rows(call, "target", call.target)
     given = call.arguments.get("weight")
+    if given is not None and not weight_from_the_right:
+        require_shape(call.name, "weight", given, call.input.shape)
     weight = None if given is None else _rows(call, "weight", given, weight_from_the_right)
     checks = [not_finite(call.name, "target", y), not_finite(call.name, "outputs", call.outputs)]
     raise_if(checks if weight is None else [*checks, not_finite(call.name, "weight", weight)])

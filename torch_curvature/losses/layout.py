@@ -98,6 +98,33 @@ def traced_layout(shape: torch.Size, places: Tensor, class_axis: bool) -> Layout
     return Layout(shape, positions, classes, index=within[table], table=table, mask=mask)
 
 
+def strided_layout(shape: torch.Size, view: Tensor, class_axis: bool) -> Layout | None:
+    """As `traced_layout`, for a view of all of the (contiguous) outputs, from its strides alone.
+
+    None where the outputs are rearranged otherwise than by moving one axis to the classes and reshaping.
+    """
+    whole = torch.empty(shape, device="meta").stride()
+    if not class_axis:
+        return Layout(shape, math.prod(shape[1:]), 1) if view.is_contiguous() else None
+    classes = view.shape[1]
+    rows = _bases([view.shape[0], *view.shape[2:]], [view.stride(0), *view.stride()[2:]], view.device)
+    for axis in range(1, len(shape)):
+        if shape[axis] == classes and whole[axis] == view.stride(1):
+            rest = [a for a in range(len(shape)) if a != axis]
+            expected = _bases([shape[a] for a in rest], [whole[a] for a in rest], view.device)
+            if torch.equal(rows, expected):
+                return Layout(shape, math.prod(shape[1:]) // classes, classes, class_axis=axis)
+    return None
+
+
+def _bases(sizes: list[int], strides: list[int], device: torch.device) -> Tensor:
+    """The flattened places `sum_a strides[a] i_a`, in C order of the indices i."""
+    place = torch.zeros((), dtype=torch.long, device=device)
+    for size, stride in zip(sizes, strides):
+        place = place.unsqueeze(-1) + stride * torch.arange(size, device=device)
+    return place.reshape(-1)
+
+
 def permuted_layout(shape: torch.Size, free: list[int], coupled: list[int], device: torch.device) -> Layout:
     """Positions run over the axes `free` of the outputs, classes over the axes `coupled`."""
     places = math.prod(shape[a] for a in free)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batch import join_samples, map_targets, take_samples
+from .checks import raise_if
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
@@ -93,6 +94,18 @@ def find_reduction(name: str, loss_fn: LossFunction, outputs: Tensor, targets: A
     value, gradient = evaluate(name, loss_fn, outputs, targets)
     values, gradients = single_samples(name, loss_fn, outputs, targets)
     samples = outputs.shape[0]
+    alone = (
+        f"on the samples alone (values {values.min().item():.3g} to {values.max().item():.3g}; a mean over no target?)"
+    )
+    raise_if(
+        [
+            (~(value.isfinite() & gradient.isfinite().all()), f"{name}: the loss or its gradient is NaN or infinite."),
+            (
+                ~(values.isfinite() & gradients.isfinite().flatten(1).all(1)).all(),
+                f"{name}: the loss or its gradient is NaN or infinite {alone}.",
+            ),
+        ]
+    )
     fits = [r for r, d in (("sum", 1), ("mean", samples)) if _agrees(value * d, values, gradient * d, gradients)]
     if given is not None and given not in fits:
         raise ValueError(

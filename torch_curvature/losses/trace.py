@@ -22,7 +22,9 @@ from torch.overrides import TorchFunctionMode
 from .call import normalisation_of
 from .functional import BY_FUNCTION, ClosedForm, bind_call
 from .interface import BoundLoss
-from .layout import traced_layout
+from .layout import Layout, strided_layout, traced_layout
+
+_Recorded = tuple[ClosedForm, tuple[Any, ...], dict[str, Any], Tensor]
 
 
 class _Record(TorchFunctionMode):
@@ -30,7 +32,7 @@ class _Record(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[ClosedForm, tuple[Any, ...], dict[str, Any], Tensor]] = []
+        self.calls: list[_Recorded] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -49,28 +51,50 @@ class Traced:
 
 
 def trace(loss_fn: Callable[..., Any], outputs: Tensor, leaf: Tensor, targets: Any) -> tuple[Tensor, Traced | None]:
-    """`loss_fn(leaf, targets)`, and the bound closed form where there is one; `leaf` is a detached copy of outputs."""
+    """`loss_fn(leaf, targets)`, and its closed form where there is one; `leaf` is a detached copy of outputs.
+
+    The value of the closed form must be that of the loss called plainly: some functions of torch lose arguments when
+    they are recorded (`l1_loss` its weight).
+    """
     record = _Record()
-    with torch.enable_grad(), record:
-        result = loss_fn(leaf, targets)
-    found = [call for call in record.calls if call[3] is result]
-    if len(found) != 1:
-        return result, None
-    form, args, kwargs, _ = found[0]
+    with torch.enable_grad():
+        with record:
+            recorded = loss_fn(leaf, targets)
+        found = [call for call in record.calls if call[3] is recorded]
+        plain = loss_fn(leaf, targets)
+    traced = _closed_form(found[0], outputs, leaf) if len(found) == 1 else None
+    if traced is not None:
+        value = traced.bound.value().detach() / traced.bound.denominator.to(leaf.device, leaf.dtype)
+        slack = 4096 * torch.finfo(leaf.dtype).eps
+        if not torch.allclose(value, plain.detach().to(value), rtol=slack, atol=slack, equal_nan=True):
+            traced = None
+    return plain, traced
+
+
+def _closed_form(call: _Recorded, outputs: Tensor, leaf: Tensor) -> Traced | None:
+    """The recorded call on the outputs rearranged, its other arguments constant; else None."""
+    form, args, kwargs, _ = call
     arguments = dict(zip(form.parameters, args)) | kwargs
     given, target = arguments.pop(form.parameters[0]), arguments.pop(form.parameters[1])
     constants = [target, *arguments.values()]
     if any(isinstance(c, Tensor) and c.requires_grad for c in constants) or not isinstance(given, Tensor):
-        return result, None
-    places = _places(given, leaf)
-    if places is None:
-        return result, None
-    layout = traced_layout(leaf.shape, places, form.class_axis(given.dim()))
+        return None
+    layout = _layout(given, leaf, form.class_axis(given.dim()))
     if layout is None:
-        return result, None
+        return None
     arguments = form.arguments(arguments)
     bound = bind_call(form, outputs, given, target, arguments, layout)
-    return result, Traced(bound, normalisation_of(form.name, arguments))
+    return Traced(bound, normalisation_of(form.name, arguments))
+
+
+def _layout(given: Tensor, leaf: Tensor, class_axis: bool) -> Layout | None:
+    """How `given` rearranges the leaf, or None where it does not."""
+    if (given is leaf or given._base is leaf) and given.numel() == leaf.numel() and given.dtype == leaf.dtype:
+        layout = strided_layout(leaf.shape, given, class_axis)
+        if layout is not None:
+            return layout
+    places = _places(given, leaf)
+    return None if places is None else traced_layout(leaf.shape, places, class_axis)
 
 
 def _places(given: Tensor, leaf: Tensor) -> Tensor | None:
