@@ -107,10 +107,6 @@ def find_reduction(name: str, loss_fn: LossFunction, outputs: Tensor, targets: A
         ]
     )
     fits = [r for r, d in (("sum", 1), ("mean", samples)) if _agrees(value * d, values, gradient * d, gradients)]
-    if given is not None and given not in fits:
-        raise ValueError(
-            f"{name}: reduction={given!r} was given, but the loss of the batch is not that of its samples."
-        )
     if not fits:
         raise ValueError(
             f"{name}: the loss of the batch ({value.item():.6g}) is neither the sum ({values.sum().item():.6g}) nor "
@@ -119,6 +115,8 @@ def find_reduction(name: str, loss_fn: LossFunction, outputs: Tensor, targets: A
             "targets return torch.nn.functional.cross_entropy (or another loss of torch) itself, applied to the "
             "outputs rearranged, so that its denominator is known; otherwise write the loss as a sum over samples."
         )
+    if given is not None and given not in fits:
+        raise ValueError(f"{name}: reduction={given!r} was given, but this loss is a {fits[0]} over samples.")
     return given or (fits[0] if len(fits) == 1 else None)
 
 

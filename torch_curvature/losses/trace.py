@@ -1,11 +1,12 @@
 """A callable that rearranges the outputs and returns one torch loss of them, as that loss in closed form.
 
 `lambda out, y: F.cross_entropy(out.transpose(1, 2), y)`, `F.cross_entropy(out.view(-1, V), y.view(-1))`, shifted
-language-model targets, `F.mse_loss(out.squeeze(-1), y)`, or a user's module around `nn.CrossEntropyLoss` are all
-recognised by what they compute, not by how they are written: the call of the torch loss is recorded while the user's
-function runs; its result must be the very tensor that is returned; and its input must be the outputs rearranged. That
-last is proved by the vector-Jacobian product of the rearrangement: it carries no graph (so the map is linear), is 0 or
-1 at every output, and says where each element came from; reading the outputs there gives back the input to the bit.
+language-model targets, `F.mse_loss(out.squeeze(-1), y)`, `F.nll_loss(out.log_softmax(1), y)`, or a user's module around
+`nn.CrossEntropyLoss` are all recognised by what they compute, not by how they are written: the call of the torch loss
+is recorded while the user's function runs; its result must be the very tensor that is returned; and its input must be
+the outputs rearranged. That last is proved by the vector-Jacobian product of the rearrangement: it carries no graph (so
+the map is linear), is 0 or 1 at every output, and says where each element came from; reading the outputs there gives
+back the input to the bit. (A view of all outputs says it by its strides.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -27,19 +29,36 @@ from .layout import Layout, strided_layout, traced_layout
 _Recorded = tuple[ClosedForm, tuple[Any, ...], dict[str, Any], Tensor]
 
 
+_LOG_SOFTMAXES = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+
+
 class _Record(TorchFunctionMode):
     """Records the calls of losses that have a closed form."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Recorded] = []
+        self.log_softmaxes: list[tuple[Tensor, Tensor, int | None]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         form = BY_FUNCTION.get(func) if callable(func) and hasattr(func, "__name__") else None
         if form is not None and isinstance(result, Tensor):
             self.calls.append((form, args, kwargs or {}, result))
+        if func in _LOG_SOFTMAXES and args:
+            self.log_softmaxes.append((result, args[0], args[1] if len(args) > 1 else (kwargs or {}).get("dim")))
         return result
+
+    def without_log_softmax(self, call: _Recorded) -> _Recorded:
+        """Negative log likelihood of a log-softmax over axis 1 is cross entropy: that call, else the call itself."""
+        form, args, kwargs, result = call
+        if form.function is not F.nll_loss or not args:
+            return call
+        for log_p, logits, dim in self.log_softmaxes:
+            if args[0] is log_p and dim in (1, 1 - logits.dim()) and logits.dtype == log_p.dtype:
+                names = dict(zip(form.parameters[1:], args[1:])) | kwargs
+                return BY_FUNCTION[F.cross_entropy], (logits,), names, result
+        return call
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ def trace(loss_fn: Callable[..., Any], outputs: Tensor, leaf: Tensor, targets: A
             recorded = loss_fn(leaf, targets)
         found = [call for call in record.calls if call[3] is recorded]
         plain = loss_fn(leaf, targets)
-    traced = _closed_form(found[0], outputs, leaf) if len(found) == 1 else None
+    traced = _closed_form(record.without_log_softmax(found[0]), outputs, leaf) if len(found) == 1 else None
     if traced is not None:
         value = traced.bound.value().detach() / traced.bound.denominator.to(leaf.device, leaf.dtype)
         slack = 4096 * torch.finfo(leaf.dtype).eps
