@@ -24,6 +24,7 @@ from .layers import Use, register_rule
 from .matching import MatchingLoss, is_matching, softmax_jacobian
 from .matrices import EmpiricalFisher, Fisher, GaussNewton, Jacobian
 from .products import frobenius_inner, inner, outer, tensor_product
+from .tracking import track
 
 __all__ = [
     "EmpiricalFisher",
@@ -44,4 +45,5 @@ __all__ = [
     "register_rule",
     "softmax_jacobian",
     "tensor_product",
+    "track",
 ]

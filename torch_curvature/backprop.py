@@ -70,6 +70,7 @@ class Plan:
     closed: dict[str, list[int]] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
     batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
 
 
@@ -89,23 +90,26 @@ class Backpropagation:
         parameters: dict[str, nn.Parameter],
         captured: Capture,
         forward: Callable[[nn.Module, Any], tuple[Any, Any]],
+        repeatable: bool = True,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.captured = captured
         self.forward = forward
+        self.repeatable = repeatable
         self._activations: dict[str, Any] = {}
         self.plan = self._plan()
 
     def _plan(self) -> Plan:
         known = PLANS.setdefault(self.model, {})
-        recorder = self.captured.recorder
+        record = self.captured.record
         key = (
             tuple(id(p) for p in self.parameters.values()),
             self.captured.outputs.shape,
             self.captured.outputs.dtype,
-            tuple(recorder.signature),
-            tuple(sorted(recorder.escaped)),
+            tuple(record.signature),
+            tuple(sorted(record.escaped)),
+            self.repeatable,
         )
         plan = known.get(key)
         if plan is None:
@@ -114,27 +118,36 @@ class Backpropagation:
             plan = self.plan
             if len(known) >= 64:
                 known.clear()
-            known[key] = plan
+            if plan.conclusive:
+                known[key] = plan
         return plan
 
     # ------------------------------------------------------------------ columns
 
     def column_bytes(self) -> int:
         """Bytes that one backpropagated column takes in all layers together."""
-        total = sum(use.output_shape.numel() for use in self.captured.recorder.uses)
+        total = sum(use.output_shape.numel() for use in self.captured.record.uses)
         total += self.captured.samples * sum(self.parameters[name].numel() for name in self.plan.fallback)
         return max(1, total) * self.captured.outputs.element_size()
 
     def factors(self, columns: Tensor) -> dict[str, Factor]:
-        """Factors of every used parameter: ``J[v, n]`` is column v of sample n of ``columns [V, N, *out]``, pulled back.
+        """Factors of every used parameter: ``J[v, n]`` is ``columns[v, n]`` (columns [V, N, *out]) pulled back.
 
         Parameters that the outputs do not depend on are left out (their Jacobian is zero).
         """
+        return self.assemble(self._to_edges(columns) if self.plan.closed else [], columns)
+
+    def assemble(self, derivatives: Sequence[Tensor | None], columns: Tensor | None) -> dict[str, Factor]:
+        """Factors from the derivatives [V, *z] at the edges; ``columns`` are needed for the fallback only."""
         plan = self.plan
-        derivatives = self._to_edges(columns) if plan.closed else []
+        found: dict[str, Factor] = {}
         with torch.no_grad():
-            found = {name: self._closed(name, indices, derivatives) for name, indices in plan.closed.items()}
+            for name, indices in plan.closed.items():
+                factor = self._closed(name, indices, derivatives)
+                if factor is not None:
+                    found[name] = factor
         if plan.fallback:
+            assert columns is not None
             columns = columns.to(self.captured.outputs.dtype)
             wanted = {name: self.parameters[name] for name in plan.fallback}
             jacobians = per_sample_jacobians(self.model, self.forward, self.captured, wanted, columns)
@@ -144,7 +157,7 @@ class Backpropagation:
         return {name: found[name] for name in self.parameters if name in found}
 
     def _to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
-        outputs, edges = self.captured.outputs, self.captured.recorder.edges
+        outputs, edges = self.captured.outputs, self.captured.record.edges
         columns = columns.to(outputs.dtype)
 
         def backward(vector: Tensor, batched: bool) -> Sequence[Tensor | None]:
@@ -176,7 +189,7 @@ class Backpropagation:
 
     def _gradient(self, index: int, derivative: Tensor) -> Tensor:
         """g of one use in the normal form [V, N, S, O], without S where a = 1."""
-        recorded = self.captured.recorder.uses[index]
+        recorded = self.captured.record.uses[index]
         batch_shape = recorded.output_shape[: recorded.use.batch_axes]
         g = self.plan.layouts[index].arrange(self._rows(recorded, derivative), batch_shape, self.captured.samples, 1)
         if recorded.use.activation is None and g.shape[2] > 1:
@@ -191,7 +204,7 @@ class Backpropagation:
         return g
 
     def _activation(self, index: int) -> Tensor | None:
-        recorded = self.captured.recorder.uses[index]
+        recorded = self.captured.record.uses[index]
         if recorded.use.activation is None:
             return None
         a = recorded.use.activation().detach()
@@ -202,8 +215,8 @@ class Backpropagation:
         batch_shape = recorded.output_shape[: recorded.use.batch_axes]
         return self.plan.layouts[index].arrange(a, batch_shape, self.captured.samples, 0)
 
-    def _closed(self, name: str, indices: list[int], derivatives: Sequence[Tensor | None]) -> Factor:
-        uses = self.captured.recorder.uses
+    def _closed(self, name: str, indices: list[int], derivatives: Sequence[Tensor | None]) -> Factor | None:
+        uses = self.captured.record.uses
         shape = self.parameters[name].shape
         reached = [i for i in indices if derivatives[uses[i].edge] is not None]
         parts = []
@@ -211,6 +224,8 @@ class Backpropagation:
             derivative = derivatives[uses[i].edge]
             assert derivative is not None
             parts.append((i, self._gradient(i, derivative)))
+        if not parts:
+            return None
         forms = {self._form(i) for i in reached}
         if len(forms) == 1:
             return self._joined(name, parts)
@@ -224,7 +239,7 @@ class Backpropagation:
 
     def _form(self, index: int) -> tuple[Any, ...]:
         """Uses with the same form can be joined along S."""
-        recorded = self.captured.recorder.uses[index]
+        recorded = self.captured.record.uses[index]
         activation = self._cached_activation(index)
         if activation is None:
             return ("direct",)
@@ -253,7 +268,7 @@ class Backpropagation:
         a, rows = self._activations[key]
         if a.dtype != g.dtype:
             a = a.to(g.dtype)
-        transposed = self.captured.recorder.uses[parts[0][0]].transposed
+        transposed = self.captured.record.uses[parts[0][0]].transposed
         return Factor(g, a, shape, transposed, rows)
 
     # ------------------------------------------------------------------ trust
@@ -279,9 +294,9 @@ class Backpropagation:
         reference = {n: (t.to_dense() if t.is_sparse else t) for n, t in zip(names, truth) if t is not None}
         plan.unused = [n for n in names if n not in reference]
         by_name: dict[str, list[int]] = {}
-        for index, recorded in enumerate(captured.recorder.uses):
+        for index, recorded in enumerate(captured.record.uses):
             by_name.setdefault(recorded.name, []).append(index)
-        edges = self._to_edges(torch.stack([r, weighted])) if captured.recorder.edges else []
+        edges = self._to_edges(torch.stack([r, weighted])) if captured.record.edges else []
         for name in reference:
             with torch.no_grad():
                 why = self._distrust(name, by_name.get(name, []), edges, w, reference[name])
@@ -289,15 +304,15 @@ class Backpropagation:
                 plan.closed[name] = by_name[name]
             else:
                 plan.fallback[name] = why
-        if plan.fallback:
+        if plan.fallback and self.repeatable:
             self._verify_fallback(r, w, reference)
 
     def _distrust(
         self, name: str, indices: list[int], edges: Sequence[Tensor | None], w: Tensor, reference: Tensor
     ) -> str | None:
         """Why the closed factors of one parameter cannot be used, None where they can."""
-        uses, N = self.captured.recorder.uses, self.captured.samples
-        if name in self.captured.recorder.escaped:
+        uses, N = self.captured.record.uses, self.captured.samples
+        if name in self.captured.record.escaped:
             return "used by a function without a rule"
         if not indices:
             return "no use of it was seen"
@@ -311,11 +326,15 @@ class Backpropagation:
             if chosen is None:
                 return "its uses have no axis that counts samples, or samples are not independent there"
             self.plan.layouts[index] = chosen
-            scale = scale + rows[1].norm()
+            size = rows[1].norm()
+            if not size > 0:
+                self.plan.conclusive = False
+            scale = scale + size
         indices[:] = [i for i in indices if i in self.plan.layouts]
         if not indices:
             return "no use of it reaches the output"
         factor = self._closed(name, indices, [None if d is None else d[:1] for d in edges])
+        assert factor is not None
         ours = factor.apply_transposed(w.to(factor.g.dtype)[None, :, None]).reshape(reference.shape)
         tolerance = TOLERANCE[self._precision(reference)]
         magnitude = scale * (1 if factor.a is None else factor.a.abs().amax().clamp(max=1e4))

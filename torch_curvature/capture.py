@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ class RecordedUse:
     numel: int  # entries of that view
 
 
-class Recorder(TorchFunctionMode):
-    """Records uses of the given parameters while it is active.
+@dataclass(slots=True)
+class Record:
+    """What was observed in one pass.
 
     Attributes:
         uses: what the rules recognised, in order of execution.
@@ -49,21 +50,44 @@ class Recorder(TorchFunctionMode):
         signature: what was called on what, hashable; the same signature means the same plan.
     """
 
+    uses: list[RecordedUse] = field(default_factory=list)
+    edges: list[GradientEdge] = field(default_factory=list)
+    escaped: set[str] = field(default_factory=set)
+    signature: list[Any] = field(default_factory=list)
+
+
+class Recorder(TorchFunctionMode):
+    """Records uses of the given parameters while it is active.
+
+    Args:
+        parameters: by name.
+        write_out: replace attention and weight normalisation by simpler functions. Multi-head attention is always
+            opened, so that its projections are seen.
+    """
+
     def __init__(self, parameters: dict[str, nn.Parameter], *, write_out: bool = True) -> None:
         super().__init__()
         self.names = {id(p): name for name, p in parameters.items()}
         self.write_out = write_out
-        self.uses: list[RecordedUse] = []
-        self.edges: list[GradientEdge] = []
-        self.escaped: set[str] = set()
-        self.signature: list[Any] = []
-        self.outputs: list[Tensor] = []  # of the recorded calls; only where asked for
+        self.record = Record()
+        self.active = True
         self.on_record: Callable[[Tensor, int], None] | None = None
         self._covered: dict[int, Tensor] = {}  # outputs that are views of a parameter, and already a use of it
         self._suspended: list[set[int]] = []  # parameters that a module's own rule answers for
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let everything pass unobserved."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
         replacement = WRITTEN_OUT.get(func)
         if replacement is not None and (self.write_out or func is F.multi_head_attention_forward):
             with self:
@@ -85,6 +109,10 @@ class Recorder(TorchFunctionMode):
         if base is not None and id(base) in self.names and id(tensor) not in self._covered:
             return id(base)
         return None
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        """A parameter changed in place, or a view of one: its own uses are seen when they come."""
+        return id(tensor) in self.names or (tensor._base is not None and id(tensor._base) in self.names)
 
     def _touched(self, args: Any, kwargs: Any) -> list[int]:
         found: list[int] = []
@@ -109,11 +137,11 @@ class Recorder(TorchFunctionMode):
             for used in self._record(rule(output, *args, **kwargs), output):
                 if used in touched:
                     touched.remove(used)
-        elif not _carries_gradient(output, lambda t: t._base is not None and id(t._base) in self.names):
+        elif not _carries_gradient(output, self._is_parameter):
             return
-        self.escaped.update(self.names[p] for p in touched)
+        self.record.escaped.update(self.names[p] for p in touched)
         name = getattr(func, "__name__", str(func))
-        self.signature.append((name, tuple(touched), output.shape if isinstance(output, Tensor) else None))
+        self.record.signature.append((name, tuple(touched), output.shape if isinstance(output, Tensor) else None))
 
     def _record(self, uses: Any, output: Tensor) -> list[int]:
         """Take a call's uses down; returns the parameters that they cover."""
@@ -125,13 +153,13 @@ class Recorder(TorchFunctionMode):
             if owner is None or placed is None:
                 continue
             if edge < 0:
-                edge = len(self.edges)
-                self.edges.append(get_gradient_edge(output))
+                edge = len(self.record.edges)
+                self.record.edges.append(get_gradient_edge(output))
                 if self.on_record is not None:
                     self.on_record(output, edge)
             name = self.names[owner]
-            self.uses.append(RecordedUse(use, name, edge, output.shape, *placed))
-            self.signature.append((name, output.shape, placed, use.batch_axes))
+            self.record.uses.append(RecordedUse(use, name, edge, output.shape, *placed))
+            self.record.signature.append((name, output.shape, placed, use.batch_axes))
             covered.append(owner)
         if covered and output._base is not None and id(output._base) in self.names:
             self._covered[id(output)] = output
@@ -156,7 +184,7 @@ class Recorder(TorchFunctionMode):
                 covered = set()
                 if isinstance(output, Tensor) and output.requires_grad:
                     covered = set(self._record(rule(module, output, *inputs), output))
-                self.escaped.update(self.names[p] for p in own - covered if p in self.names)
+                self.record.escaped.update(self.names[p] for p in own - covered if p in self.names)
 
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         return handles
@@ -176,14 +204,14 @@ def _placement(use: Use) -> tuple[bool, int, int] | None:
     used = use.parameter
     base = used if used._base is None else used._base
     if used is base or not isinstance(base, nn.Parameter):
-        return use.transposed, 0, used.numel()
+        return use.transposed, 0, int(used.numel())
     if not base.is_contiguous():
         return None
-    start = used.storage_offset() - base.storage_offset()
+    start = int(used.storage_offset() - base.storage_offset())
     if used.is_contiguous():
-        return use.transposed, start, used.numel()
+        return use.transposed, start, int(used.numel())
     if used.dim() == 2 and used.mT.is_contiguous() and use.activation is not None:
-        return not use.transposed, start, used.numel()
+        return not use.transposed, start, int(used.numel())
     return None
 
 
@@ -234,13 +262,13 @@ class Capture:
     Attributes:
         outputs: [N, ...] of the model, attached to the graph.
         targets: what the loss compares them with.
-        recorder: the uses and edges.
+        record: the uses and edges.
         samples: N.
     """
 
     outputs: Tensor
     targets: Any
-    recorder: Recorder
+    record: Record
     samples: int
     batch: Any = None
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -250,7 +278,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module behind torch.compile, DataParallel and DistributedDataParallel wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
@@ -269,9 +297,17 @@ def observation(model: nn.Module) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(force_eager(model))
         yield
+
+
+def force_eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Run compiled modules inside the model as plain Python."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return stance
+    return contextlib.nullcontext()
 
 
 class RandomState:
@@ -279,8 +315,8 @@ class RandomState:
 
     def __init__(self, device: torch.device) -> None:
         self.cpu = torch.get_rng_state()
-        self.device = device if device.type == "cuda" else None
-        self.cuda = torch.cuda.get_rng_state(self.device) if self.device is not None else None
+        self.device = device
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def changed(self) -> bool:
         if not torch.equal(self.cpu, torch.get_rng_state()):
@@ -346,7 +382,7 @@ def capture(
         raise UnsupportedModelError(
             "the model's output depends on no parameter with requires_grad=True (is part of it under torch.no_grad?)"
         )
-    return Capture(outputs, targets, recorder, outputs.shape[0], batch)
+    return Capture(outputs, targets, recorder.record, outputs.shape[0], batch)
 
 
 def _random_message(model: nn.Module) -> str:

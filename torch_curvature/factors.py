@@ -262,6 +262,25 @@ def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
     return factor.spread((out.T if factor.transposed else out).reshape(-1), (0,)).reshape(factor.shape)
 
 
+def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
+    """``sum_n J[n]`` and ``sum_n J[n]^2`` elementwise, in float64 and the parameter's shape (V = 1)."""
+    if factor.a is None:
+        J = factor.jacobian()[0].double()
+        first, second = J.sum(0), J.square().sum(0)
+    elif factor.positions == 1:
+        g, a = factor.g[0, :, 0].double(), factor.a[:, 0].double()
+        first, second = g.T @ a, g.square().T @ a.square()
+        if factor.transposed:
+            first, second = first.T, second.T
+    else:
+        first = second = torch.zeros((), dtype=torch.float64, device=factor.g.device)
+        for _, J in jacobian_chunks(factor, CACHE_ELEMENTS):
+            wide = J[0].double()
+            first, second = first + wide.sum(0), second + wide.square().sum(0)
+    first, second = first.reshape(-1), second.reshape(-1)
+    return factor.spread(first, (0,)).reshape(factor.shape), factor.spread(second, (0,)).reshape(factor.shape)
+
+
 def gram(left: Factor, right: Factor) -> Tensor:
     """[V, N, V2, N2] inner products of the Jacobians of one parameter on two batches (or one with itself)."""
     if left.a is None or right.a is None:

@@ -57,7 +57,7 @@ def _vectorised(
                 result: Tensor = forward(model, batch)[0]
             return result.squeeze(0)
 
-        _, pullback = torch.func.vjp(outputs, values)
+        pullback = torch.func.vjp(outputs, values)[1]
         pulled: dict[str, Tensor] = torch.func.vmap(pullback, randomness="error")(cotangents)[0]
         return pulled
 

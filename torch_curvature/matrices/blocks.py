@@ -132,10 +132,10 @@ def _only(part: dict[str, Factor]) -> Factor:
     return factor
 
 
-def _index(place: Place, device: torch.device) -> Tensor:
+def _index(place: slice | Tensor, device: torch.device) -> Tensor:
     if isinstance(place, slice):
         return torch.arange(place.start, place.stop, device=device)
-    return place  # type: ignore[no-any-return]
+    return place
 
 
 def _mirror(matrix: Tensor, tile: int = 1024) -> None:

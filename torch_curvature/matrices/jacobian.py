@@ -11,7 +11,7 @@ from ..factors import squared_norms
 from ..tangents import pull_back, push_forward
 from .base import Batch, Columns, Matrix
 from .dual import between, gather, symmetrised
-from .products import as_vectors
+from .products import as_vectors, checked_tangent
 
 
 class Jacobian(Matrix):
@@ -116,10 +116,14 @@ class Jacobian(Matrix):
         pieces = [{n: v[..., k] for n, v in self.split(V).items()} for k in range(V.shape[1])]
         rows = []
         for batch in self._sweep("__matmul__", pieces[0] if pieces else None):
-            each = [batch.tangent]
-            for tangents in pieces[1:]:
-                each.append(push_forward(self.model, self.forward, batch.captured.batch, self.parameters, tangents)[1])
-            rows.append(torch.stack([t.flatten(1) for t in each if t is not None], 2).to(self.dtype))
+            each = []
+            for k, tangents in enumerate(pieces):
+                if k:
+                    batch.captured, batch.tangent = push_forward(
+                        self.model, self.forward, batch.captured.batch, self.parameters, tangents
+                    )
+                each.append(checked_tangent(self, batch, tangents, V[:, k]).flatten(1).to(self.dtype))
+            rows.append(torch.stack(each, 2))
         out = torch.cat(rows)
         return out if isinstance(vector, Tensor) and vector.dim() == 2 else out[..., 0]
 

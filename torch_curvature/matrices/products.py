@@ -88,6 +88,17 @@ def _product(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tenso
     return result * batch.scale**2
 
 
+def checked_tangent(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tensor) -> Tensor:
+    """``J v`` of one batch; ``(J v) . (J v) = (J^T J v) . v`` must hold, else it is computed by double backward."""
+    tangent: Tensor = batch.tangent
+    back = pull_back(batch.captured, matrix.parameters, tangent, matrix.dtype)
+    error = (tangent.square().sum() - back @ vector).abs()
+    size = tangent.square().sum() + back.norm() * vector.norm()
+    if error <= TOLERANCE[batch.captured.outputs.dtype] * size:
+        return tangent
+    return double_backward_product(batch.captured, matrix.parameters, tangents)
+
+
 def _add_by_columns(matrix: Any, batch: Any, V: Tensor, total: Tensor) -> None:
     """``total += sum_vn sign J (J^T V)``, from the factors."""
     sizes = [p.numel() for p in matrix.parameters.values()]

@@ -1,0 +1,333 @@
+"""Per-sample gradients of the user's own training step.
+
+``with track(model) as t:`` observes the forward pass and, by hooks on the layers' outputs, the backward pass that the
+user runs anyway.  The factors of one column (V = 1, the gradient) then give per-sample gradients, their norms, inner
+products and variance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .backprop import Backpropagation
+from .capture import (
+    Capture,
+    RandomState,
+    Record,
+    Recorder,
+    UnsupportedModelError,
+    force_eager,
+    trainable_parameters,
+    unwrapped,
+)
+from .factors import Factor, gradient_moments, gram, squared_norms
+
+
+@dataclass(slots=True)
+class TrackedBatch:
+    """One call of the model, and what the backward pass brings to its layers and outputs."""
+
+    record: Record
+    random: RandomState
+    samples: int = 0
+    backpropagation: Backpropagation | None = None
+    derivatives: dict[int, Tensor] = field(default_factory=dict)  # at the edges
+    arrived: dict[int, Tensor] = field(default_factory=dict)  # at the outputs, by leaf
+    output_shapes: list[tuple[int, torch.Size]] = field(default_factory=list)
+    uses: int = 0  # recorded inside the model's call
+    escaped: frozenset[str] = frozenset()
+    versions: dict[str, int] = field(default_factory=dict)
+    drew: bool = False  # random numbers
+    factors: dict[str, Factor] | None = None
+
+
+class Track:
+    """Per-sample quantities of the backward passes seen; see :func:`track`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._model = unwrapped(model)
+        self._parameters = trainable_parameters(self._model)
+        if not self._parameters:
+            raise ValueError("model has no parameter with requires_grad=True: there is nothing to track")
+        self._recorder = Recorder(self._parameters, write_out=False)
+        self._recorder.on_record = self._watch
+        self._batches: list[TrackedBatch] = []
+        self._inside = False
+        self._stack: contextlib.ExitStack | None = None
+        self._hooks: list[Any] = []
+
+    # ------------------------------------------------------------------ observing
+
+    def __enter__(self) -> Track:
+        if self._stack is not None:
+            raise RuntimeError("this track is already active: use a new tc.track(model) for each with statement")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove_hooks)
+            stack.enter_context(force_eager(self._model))
+            self._hooks += self._recorder.module_hooks(self._model)
+            self._hooks.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(self._model.register_forward_hook(self._after, with_kwargs=True))
+            stack.enter_context(self._recorder)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _watch(self, output: Tensor, edge: int) -> None:
+        if self._inside:
+            derivatives = self._batches[-1].derivatives
+            self._hooks.append(output.register_hook(lambda gradient: _accumulate(derivatives, edge, gradient)))
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._recorder.active and torch.is_grad_enabled():
+            if self._batches and not self._batches[-1].derivatives:
+                raise UnsupportedModelError(
+                    "the model was called again before backward(): which outputs belong to one sample is not known. "
+                    "Call it once for each backward(), on the concatenated inputs (evaluate under torch.no_grad())"
+                )
+            self._recorder.record = Record()
+            random = RandomState(next(iter(self._parameters.values())).device)
+            self._batches.append(TrackedBatch(self._recorder.record, random))
+            self._inside = True
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not (self._recorder.active and self._inside):
+            return
+        self._inside = False
+        batch = self._batches[-1]
+        batch.drew = batch.random.changed()
+        batch.uses = len(batch.record.uses)
+        batch.escaped = frozenset(batch.record.escaped)
+        batch.versions = {name: p._version for name, p in self._model.named_parameters()}
+        leaves = pytree.tree_leaves(output)
+        batch.samples = _batch_size(leaves, (args, kwargs))
+        chosen = [i for i, leaf in enumerate(leaves) if _counts_samples(leaf, batch.samples)]
+        if not chosen:
+            raise UnsupportedModelError(
+                f"no output of the model has a leading axis of {batch.samples} samples and a gradient"
+            )
+        batch.output_shapes = [(i, leaves[i].shape) for i in chosen]
+
+        def forward(model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            found = pytree.tree_leaves(model(*inputs[0], **inputs[1]))
+            return _joined([found[i] for i in chosen]), None
+
+        with self._recorder.paused():
+            outputs = _joined([leaves[i] for i in chosen])
+            captured = Capture(outputs, None, batch.record, batch.samples, (args, kwargs))
+            batch.backpropagation = Backpropagation(
+                self._model, self._parameters, captured, forward, repeatable=not batch.drew
+            )
+            captured.outputs = outputs.detach()  # the graph is the user's to keep or free
+            batch.derivatives.clear()  # what the check of the factors has left there
+            if batch.backpropagation.plan.fallback:
+                for i in chosen:
+                    self._hooks.append(leaves[i].register_hook(lambda g, i=i: _accumulate(batch.arrived, i, g)))
+
+    # ------------------------------------------------------------------ factors
+
+    def _factors(self) -> list[tuple[int, dict[str, Factor]]]:
+        """(samples, factors of the parameters that were used) of each backward pass."""
+        done = [batch for batch in self._batches if batch.derivatives or batch.arrived]
+        if not done:
+            raise RuntimeError(
+                "no gradient has been seen: inside `with tc.track(model) as t:` call model(...) and then backward() on "
+                "the loss, and ask afterwards"
+            )
+        found = []
+        for batch in done:
+            if batch.factors is None:
+                batch.factors = self._of(batch)
+            found.append((batch.samples, batch.factors))
+        return found
+
+    def _of(self, batch: TrackedBatch) -> dict[str, Factor]:
+        backpropagation, record = batch.backpropagation, batch.record
+        assert backpropagation is not None
+        outside = {use.name for use in record.uses[batch.uses :]} | (record.escaped - batch.escaped)
+        if outside:
+            raise UnsupportedModelError(
+                f"parameters {sorted(outside)} are also used outside of the model's call (in the loss?): that part of "
+                "their gradient belongs to no sample; leave it out of the tracked loss"
+            )
+        derivatives = [batch.derivatives.get(i) for i in range(len(record.edges))]
+        derivatives = [None if d is None else d.unsqueeze(0) for d in derivatives]
+        columns = None
+        if backpropagation.plan.fallback:
+            self._check_repeatable(batch)
+            columns = _joined(
+                [
+                    batch.arrived[i] if i in batch.arrived else torch.zeros(shape, device=self._recorder_device())
+                    for i, shape in batch.output_shapes
+                ]
+            ).unsqueeze(0)
+        return backpropagation.assemble(derivatives, columns)
+
+    def _recorder_device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def _check_repeatable(self, batch: TrackedBatch) -> None:
+        assert batch.backpropagation is not None
+        names = sorted(batch.backpropagation.plan.fallback)
+        if batch.drew:
+            raise UnsupportedModelError(
+                f"parameters {names} have no closed rule, and the forward pass drew random numbers (dropout?), so that "
+                "it cannot be repeated sample by sample: call model.eval(), freeze them, or register a rule"
+            )
+        if batch.versions != {name: p._version for name, p in self._model.named_parameters()}:
+            raise RuntimeError(
+                f"parameters {names} have no closed rule and need the model as it was in the forward pass, but it has "
+                "been changed since: ask before optimizer.step()"
+            )
+
+    # ------------------------------------------------------------------ results
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Per-sample gradients, {name: [N, *shape]}; over several backward passes one after the other.
+
+        They are the samples' shares of the loss as it was reduced: summed over N they give what backward() added to
+        ``p.grad``, so for a mean they carry its 1/N.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
+        for samples, factors in self._factors():
+            for name, p in self._parameters.items():
+                if name in factors:
+                    J = factors[name].spread(factors[name].jacobian(), (2,))
+                    found[name].append(J.reshape(samples, *p.shape))
+                else:
+                    found[name].append(p.detach().new_zeros(samples, *p.shape))
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+
+    def gradient_norms(self, squared: bool = False) -> Tensor:
+        """[N] norms of the per-sample gradients over all parameters, without forming them where that is cheaper."""
+        parts = []
+        for _, factors in self._factors():
+            total: Tensor | None = None
+            for factor in factors.values():
+                norms = squared_norms(factor)[0]
+                total = norms if total is None else total + norms
+            assert total is not None
+            parts.append(total)
+        norms = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return norms if squared else norms.sqrt()
+
+    def gradient_gram(self) -> Tensor:
+        """[N, N] inner products of the per-sample gradients over all parameters, symmetric to the bit."""
+        batches = self._factors()
+        rows: list[list[Tensor]] = []
+        for i, (_, left) in enumerate(batches):
+            parts: list[Tensor] = []
+            for j, (samples, right) in enumerate(batches):
+                if j < i:
+                    parts.append(rows[j][i].T)
+                    continue
+                total: Tensor | None = None
+                for name in left.keys() & right.keys():
+                    part = gram(left[name], right[name])[0, :, 0]
+                    total = part if total is None else total.add_(part)
+                if total is None:
+                    total = next(iter(left.values())).g.new_zeros(batches[i][0], samples)
+                parts.append(total)
+            rows.append(parts)
+        full = rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
+        return torch.triu(full) + torch.triu(full, 1).T
+
+    def gradient_variance(self) -> dict[str, Tensor]:
+        """Variance over the samples of each entry of :meth:`gradients`, {name: parameter's shape}.
+
+        The population variance ``(1/N) sum_n (g[n] - mean g)^2`` of the gradients as they are, so for a mean loss it
+        carries 1/N^2. No per-sample gradient is formed for layers with one position per sample.
+        """
+        batches = self._factors()
+        samples = sum(N for N, _ in batches)
+        found = {}
+        for name, p in self._parameters.items():
+            first = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+            second = torch.zeros_like(first)
+            for _, factors in batches:
+                if name in factors:
+                    one, two = gradient_moments(factors[name])
+                    first += one
+                    second += two
+            variance = second / samples - (first / samples).square()
+            dtype = p.dtype if p.dtype == torch.float64 else torch.float32
+            found[name] = variance.clamp_(min=0).to(dtype)
+        return found
+
+    def coverage(self) -> dict[str, str]:
+        """{name: "closed rule" | "fallback: why" | "unused" | "frozen"} of the calls seen."""
+        plans = [b.backpropagation.plan for b in self._batches if b.backpropagation is not None]
+        if not plans:
+            raise RuntimeError("the model has not been called yet inside the with statement")
+        found = {}
+        for name, p in self._model.named_parameters():
+            if not p.requires_grad:
+                found[name] = "frozen"
+                continue
+            why = [plan.fallback[name] for plan in plans if name in plan.fallback]
+            closed = any(name in plan.closed for plan in plans)
+            found[name] = f"fallback: {why[0]}" if why else "closed rule" if closed else "unused"
+        return found
+
+
+def track(model: nn.Module) -> Track:
+    """Observe a training step to get per-sample gradients out of the user's own backward pass.
+
+        with tc.track(model) as t:
+            loss_fn(model(x), y).backward()
+        t.gradients()         # {name: [N, *shape]}
+        t.gradient_norms()    # [N]
+
+    ``.grad`` is accumulated as always, and on exit nothing is left on the model. Call the model once for each
+    backward(); several such pairs follow one another along N. Active dropout is fine for parameters with a closed
+    rule: the derivatives are those of the pass that was run.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module, or nothing in it requires a gradient.
+        UnsupportedModelError: in the forward pass, where batch normalisation uses batch statistics; when asking, where
+            parameters are used in the loss itself, or a random pass would have to be repeated.
+    """
+    return Track(model)
+
+
+def _accumulate(into: dict[int, Tensor], key: int, gradient: Tensor) -> None:
+    gradient = gradient.detach()
+    into[key] = into[key] + gradient if key in into else gradient
+
+
+def _batch_size(leaves: list[Any], inputs: Any) -> int:
+    """Leading axis of the first input that is shared by an output, else that of the first output."""
+    lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not lengths:
+        raise UnsupportedModelError("the model returned no tensor with a batch axis")
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in lengths:
+            return int(leaf.shape[0])
+    return int(lengths[0])
+
+
+def _counts_samples(leaf: Any, samples: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 0 and leaf.shape[0] == samples
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """Several outputs as one, [N, total]."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([output.flatten(1) if output.dim() > 1 else output[:, None] for output in outputs], 1)
