@@ -1,5 +1,5 @@
-// How kernels are launched, how they get shared memory, and how large a grid may be. With ptx.cuh the only header that knows
-// whether nvcc compiles the kernels for a GPU or g++ for the emulator of tests/cuda_emulator.
+// How kernels are launched, how they get shared memory, and how large a grid may be. With ptx.cuh the only header that
+// knows whether nvcc compiles the kernels for a GPU or g++ for the emulator of tests/cuda_emulator.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,13 +32,16 @@ inline int64_t max_blocks() { return cuda_emulator::Engine::get().options.max_bl
 #else
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, A... args) {
+  // clang-format off
   kernel<<<grid, block, 0, stream>>>(args...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("torch_curvature: kernel launch failed: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("torch_curvature: kernel launch failed: ") + cudaGetErrorString(error));
 }
 template <class T>
 __device__ __forceinline__ T& shared_storage() {
-  __shared__ __align__(16) unsigned char raw[sizeof(T)];
+  __shared__ __align__(128) unsigned char raw[sizeof(T)];
   return *reinterpret_cast<T*>(raw);
 }
 // Enough for any GPU to be full many times over; kernels stride over what is left.
@@ -53,7 +56,9 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
 }
 
 // A grid for `items` pieces of work, over which the kernel strides by gridDim.x.
-inline dim3 grid_blocks(int64_t items) { return dim3(static_cast<unsigned>(items < max_blocks() ? items : max_blocks())); }
+inline dim3 grid_blocks(int64_t items) {
+  return dim3(static_cast<unsigned>(items < max_blocks() ? items : max_blocks()));
+}
 
 // A kernel launched for `items` blocks of work gives every block its share, whatever the grid.
 #define CURVATURE_GRID_STRIDE(item, items) for (int64_t item = blockIdx.x; item < (items); item += gridDim.x)

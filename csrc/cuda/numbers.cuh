@@ -59,8 +59,8 @@ __device__ __forceinline__ A sum_lanes(A x) {
   return x;
 }
 
-// Sum over all threads of the block, in a fixed order; all of them call it, and all get the sum. `partial` holds one value a
-// warp; it may be used again right away.
+// Sum over all threads of the block, in a fixed order; all of them call it, and all get the sum. `partial` holds one
+// value a warp; it may be used again right away.
 template <int Threads, class A>
 __device__ __forceinline__ A sum_block(A x, A (&partial)[Threads / 32]) {
   x = sum_lanes<32>(x);

@@ -1,8 +1,8 @@
 // outer: out[b, i, j] = u[b, i] v[b, j]
-// Shapes: u [B, m], v [B, n] of any strides, out [B, m, n] contiguous. Bytes moved: B m n elements written, B (m + n) read (v
-// again for every row, from cache).
-// A block takes kOuterChunk bytes of the output, whatever rows they belong to; a thread writes kOuterVectors times 16 bytes.
-// The chunk's first row is found by 64-bit division once, all that follows by 32-bit arithmetic.
+// Shapes: u [B, m], v [B, n] of any strides, out [B, m, n] contiguous. Bytes moved: B m n elements written, B (m + n)
+// read (v again for every row, from cache). A block takes kOuterChunk bytes of the output, whatever rows they belong
+// to; a thread writes kOuterVectors times 16 bytes. The chunk's first row is found by 64-bit division once, all that
+// follows by 32-bit arithmetic.
 #pragma once
 #include "numbers.cuh"
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ int64_t carry(int64_t& base, int64_t offset, int64_t 
 
 // Width elements a store. RowVectors: n is a multiple of Width and rows of v allow loads of that width.
 template <class T, int Width, bool RowVectors>
-__global__ void __launch_bounds__(kOuterThreads)
+__global__ void __launch_bounds__(kOuterThreads, 4)
     outer_kernel(const T* __restrict__ u, const T* __restrict__ v, T* __restrict__ out, OuterShape s) {
   constexpr int64_t kChunk = int64_t(kOuterThreads) * kOuterVectors * Width;
   const int64_t total = s.batch * s.m * s.n;
@@ -78,7 +78,9 @@ void launch_outer(const T* u, const T* v, T* out, const OuterShape& s, cudaStrea
   const bool wide = vector_aligned(out);
   const bool rows = wide && s.v_col == 1 && vector_aligned(v, s.n, s.v_batch);
   const dim3 grid = grid_blocks(ceil_div<int64_t>(total, int64_t(kOuterThreads) * kOuterVectors * (wide ? kWidth : 1)));
-  auto* kernel = rows ? outer_kernel<T, kWidth, true> : wide ? outer_kernel<T, kWidth, false> : outer_kernel<T, 1, false>;
+  auto* kernel = rows   ? outer_kernel<T, kWidth, true>
+                 : wide ? outer_kernel<T, kWidth, false>
+                        : outer_kernel<T, 1, false>;
   launch(kernel, grid, dim3(kOuterThreads), stream, u, v, out, s);
 }
 }  // namespace torch_curvature::cuda

@@ -1,0 +1,68 @@
+// kronecker_sum: G[(o, i), (p, j)] = sum_n b[n, o, p] a[n, i] a2[n, j]
+// Shapes: b [B, N, O, O2], a [B, N, I], a2 [B, N, I2] of any strides, G [B, O I, O2 I2] contiguous.
+//
+// One matrix product over n of the pairs (o, p) of b by the pairs (i, j) of a and a2. Where a2 is a, only pairs i >= j
+// are multiplied; where b is symmetric, only o >= p: a quarter of the flops; every value is written to its mirrored
+// places, so that the result is symmetric to the bit. Both operands are formed on the way to shared memory. Flops: 2 N
+// (pairs of b) (pairs of a). Bytes moved: G written once; b and a are read from cache again by every tile.
+#pragma once
+#include "tile_product.cuh"
+
+namespace torch_curvature::cuda {
+
+template <class T_>
+struct KroneckerProblem {
+  using T = T_;
+  using A = accumulate_t<T>;
+  using Key = Pair;
+  static constexpr bool kMirrored = false;
+
+  const T *b, *a, *a2;
+  T* out;
+  int64_t O, O2, I, I2;
+  bool b_symmetric, a_same;
+  int64_t b_batch, b_n, b_o, b_p;  // strides, in elements
+  int64_t a_batch, a_n, a_i;
+  int64_t a2_batch, a2_n, a2_j;
+  int64_t batch, rows, cols, segments;
+  int depth;
+
+  __device__ Key row_key(int64_t r) const { return nth_pair(r, O2, b_symmetric); }
+  __device__ Key col_key(int64_t c) const { return nth_pair(c, I2, a_same); }
+  __device__ auto row_value(int64_t k, Key pair) const {
+    const T* p = b + k * b_batch + pair.first * b_o + pair.second * b_p;
+    return [p, step = b_n](int64_t, int n) -> A { return widen(__ldg(p + n * step)); };
+  }
+  __device__ auto col_value(int64_t k, Key pair) const {
+    const T *p = a + k * a_batch + pair.first * a_i, *q = a2 + k * a2_batch + pair.second * a2_j;
+    return [p, q, step = a_n, step2 = a2_n](int64_t, int n) -> A {
+      return widen(__ldg(p + n * step)) * widen(__ldg(q + n * step2));
+    };
+  }
+  __device__ void put(int64_t k, int o, int i, int p, int j, T value) const {
+    out[((k * O + o) * I + i) * (O2 * I2) + p * I2 + j] = value;
+  }
+  __device__ void store(int64_t k, Key op, Key ij, A sum) const {
+    const int o = op.first, p = op.second, i = ij.first, j = ij.second;
+    const T value = narrow<T>(sum);
+    put(k, o, i, p, j, value);
+    if (a_same && i != j) put(k, o, j, p, i, value);
+    if (b_symmetric && o != p) {
+      put(k, p, i, o, j, value);
+      if (a_same && i != j) put(k, p, j, o, i, value);
+    }
+  }
+};
+
+// Fills in what follows from the sizes. a_same: a2 is a. N = 0 gives zeros.
+template <class T>
+KroneckerProblem<T> kronecker_problem(KroneckerProblem<T> p, int64_t N) {
+  p.rows = count_pairs(p.O, p.O2, p.b_symmetric), p.cols = count_pairs(p.I, p.I2, p.a_same);
+  p.segments = 1, p.depth = static_cast<int>(N);
+  return p;
+}
+template <class T>
+void launch_kronecker_sum(const KroneckerProblem<T>& p, accumulate_t<T>* partial, cudaStream_t stream) {
+  launch_tile_product(p, partial, stream);
+}
+}  // namespace torch_curvature::cuda

@@ -1,0 +1,133 @@
+// A tile of a matrix product on the ordinary (not tensor) units: c[r, q] += sum_k x(r, k) y(q, k), in float32 or
+// float64.
+//
+// An operand is anything that gives values: a matrix in global memory, or products and sums formed on the way to shared
+// memory. The depth k runs through `segments` runs of `depth` each (a run a sample, say); after each the caller may
+// fold the tile into something else. Tiles are double buffered: the next slab's values are fetched into registers while
+// the present one is multiplied.
+#pragma once
+#include "numbers.cuh"
+
+namespace torch_curvature::cuda {
+
+// Where a mainloop is: a run of slabs over segments.
+struct Slabs {
+  int64_t first, last;  // slabs to do, counted over all segments
+  int depth;            // of one segment
+};
+
+constexpr int kTileThreads = 256;
+
+// Tile x Tile results by 256 threads, kSide x kSide each.
+template <class Acc, int TileEdge>
+struct SimtTile {
+  using A = Acc;
+  static constexpr int kTile = TileEdge, kDepth = 1024 / kTile, kSide = kTile / 16, kFetch = 4, kPitch = kTile + 4;
+  // Resident on a multiprocessor: a bound on registers for the compiler, chosen so that nothing spills.
+  static constexpr int kBlocks = kTile == 64 && sizeof(A) == 4 ? 3 : 1;
+  struct Shared {
+    alignas(32) A x[2][kDepth][kPitch], y[2][kDepth][kPitch];
+  };
+  using Accumulators = A[kSide][kSide];
+
+  // Tile row (or column) of this thread's i-th: groups of four neighbours, 64 apart, so that a warp's loads have no
+  // conflicts.
+  static __device__ __forceinline__ int place(int which, int i) { return i / 4 * 64 + which * 4 + i % 4; }
+  static __device__ __forceinline__ int row(int i) { return place(threadIdx.x / 16, i); }
+  static __device__ __forceinline__ int column(int j) { return place(threadIdx.x % 16, j); }
+
+  // The thread fetches values of one row of the tile, its own, at kFetch depths: neighbours read neighbouring rows.
+  // value(segment, k) -> A is bound to that row.
+  template <class F>
+  struct Across {
+    F value;
+    static __device__ __forceinline__ int own_row() { return threadIdx.x % kTile; }
+    __device__ __forceinline__ void fetch(A (&r)[kFetch], int64_t segment, int k0, int depth) const {
+#pragma unroll
+      for (int q = 0; q < kFetch; ++q) {
+        const int k = k0 + threadIdx.x / kTile + q * (kTileThreads / kTile);
+        r[q] = k < depth ? value(segment, k) : A(0);
+      }
+    }
+    static __device__ __forceinline__ void put(A (&slab)[kDepth][kPitch], const A (&r)[kFetch]) {
+#pragma unroll
+      for (int q = 0; q < kFetch; ++q)
+        slab[threadIdx.x / kTile + q * (kTileThreads / kTile)][threadIdx.x % kTile] = r[q];
+    }
+  };
+  // The thread fetches kFetch consecutive depths of one row: for operands that are contiguous along the depth.
+  // values(segment, k, r) fills r[0..3] with the values at k..k+3; those past the depth are zero.
+  template <class F>
+  struct Along {
+    F values;
+    static constexpr int kQuads = kDepth / kFetch;
+    static __device__ __forceinline__ int own_row() { return threadIdx.x / kQuads; }
+    __device__ __forceinline__ void fetch(A (&r)[kFetch], int64_t segment, int k0, int depth) const {
+      const int k = k0 + threadIdx.x % kQuads * kFetch;
+      values(segment, k, r);
+    }
+    static __device__ __forceinline__ void put(A (&slab)[kDepth][kPitch], const A (&r)[kFetch]) {
+#pragma unroll
+      for (int q = 0; q < kFetch; ++q) slab[threadIdx.x % kQuads * kFetch + q][threadIdx.x / kQuads] = r[q];
+    }
+  };
+  template <class F>
+  static __device__ __forceinline__ Across<F> across(F f) {
+    return {f};
+  }
+  template <class F>
+  static __device__ __forceinline__ Along<F> along(F f) {
+    return {f};
+  }
+
+  static __device__ __forceinline__ void multiply(const A (&x)[kDepth][kPitch], const A (&y)[kDepth][kPitch],
+                                                  Accumulators& acc) {
+    const int tx = threadIdx.x % 16 * 4, ty = threadIdx.x / 16 * 4;
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      Pack<A, 4> u[kSide / 4], v[kSide / 4];
+#pragma unroll
+      for (int b = 0; b < kSide / 4; ++b)
+        u[b] = load_pack<4>(&x[k][ty + b * 64]), v[b] = load_pack<4>(&y[k][tx + b * 64]);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) acc[i][j] += u[i / 4].v[i % 4] * v[j / 4].v[j % 4];
+    }
+  }
+
+  // fold(acc) is called after the last slab of every segment. Ends with all threads past their last read of shared
+  // memory.
+  template <class X, class Y, class Fold>
+  static __device__ __forceinline__ void run(Shared& s, const X& x, const Y& y, const Slabs& slabs, Accumulators& acc,
+                                             Fold fold) {
+    if (slabs.first >= slabs.last) return;  // the same for all threads
+    const int each = ceil_div(slabs.depth, kDepth);
+    int64_t segment = slabs.first / each;
+    int slab = static_cast<int>(slabs.first - segment * each);
+    A u[kFetch], v[kFetch];
+    auto fetch = [&] {
+      x.fetch(u, segment, slab * kDepth, slabs.depth);
+      y.fetch(v, segment, slab * kDepth, slabs.depth);
+    };
+    int buffer = 0;
+    fetch();
+    X::put(s.x[0], u), Y::put(s.y[0], v);
+    for (int64_t left = slabs.last - slabs.first; left > 0; --left) {
+      __syncthreads();
+      const bool segment_ends = slab + 1 == each;
+      if (segment_ends) ++segment, slab = 0;
+      else ++slab;
+      const bool more = left > 1;
+      if (more) fetch();
+      multiply(s.x[buffer], s.y[buffer], acc);
+      if (segment_ends) fold(acc);
+      if (more) {
+        buffer ^= 1;
+        X::put(s.x[buffer], u), Y::put(s.y[buffer], v);
+      }
+    }
+    __syncthreads();
+  }
+};
+}  // namespace torch_curvature::cuda

@@ -1,0 +1,163 @@
+// A matrix product whose operands are described by a Problem: tiles of it by the mainloops of tile.cuh and
+// split_tile.cuh.
+//
+// A Problem has
+//   T, A               element type of the result, type of accumulation
+//   Key                what a row or column index stands for, e.g. a pair (i, j)
+//   kMirrored          rows and columns are one set and the result is symmetric: only its lower triangle is computed
+//   batch, rows, cols, segments (64 bits), depth (32 bits)     sizes; segments * depth terms are summed
+//   row_key(r), col_key(c) -> Key
+//   row_value(b, key), col_value(b, key) -> callable (segment, k) -> A, the operands
+//   store(b, row key, col key, A)          writes one result to all its places
+// Where the tiles are too few to fill a GPU the depth is split among blocks; their sums go through `partial` to a
+// second kernel that adds them in order. Every result is computed in one order of summation, whoever computes it.
+#pragma once
+#include <cmath>
+
+#include "split_tile.cuh"
+#include "tile.cuh"
+
+namespace torch_curvature::cuda {
+
+struct Pair {
+  int first, second;
+};
+
+// The t-th pair (i, j), i >= j >= 0, in order of i, then j.
+__host__ __device__ inline void triangle(int64_t t, int64_t& i, int64_t& j) {
+  i = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(t) + 1.0) - 1.0) * 0.5);
+  while (i * (i + 1) / 2 > t) --i;
+  while ((i + 1) * (i + 2) / 2 <= t) ++i;
+  j = t - i * (i + 1) / 2;
+}
+// Pairs of `first` by `second` things; `packed`: unordered pairs of one set.
+__device__ __forceinline__ Pair nth_pair(int64_t t, int64_t second, bool packed) {
+  int64_t i, j;
+  if (packed) triangle(t, i, j);
+  else i = t / second, j = t - i * second;
+  return {static_cast<int>(i), static_cast<int>(j)};
+}
+__host__ __device__ constexpr int64_t count_pairs(int64_t first, int64_t second, bool packed) {
+  return packed ? first * (first + 1) / 2 : first * second;
+}
+
+struct TilePlan {
+  int64_t row_tiles, col_tiles, tiles;  // tiles of one batch entry that are computed
+  int64_t slabs, splits;                // of the depth; tiles * splits pieces of work
+};
+
+// Blocks that fill the largest GPU about twice; a share of the depth is worth a block from kLeastSlabs slabs on.
+constexpr int64_t kWantedBlocks = 256, kLeastSlabs = 16;
+
+template <class Tile, class Problem>
+TilePlan plan_tiles(const Problem& p) {
+  TilePlan plan{ceil_div<int64_t>(p.rows, Tile::kTile), ceil_div<int64_t>(p.cols, Tile::kTile), 0,
+                p.segments * ceil_div(p.depth, Tile::kDepth), 1};
+  plan.tiles = Problem::kMirrored ? plan.row_tiles * (plan.row_tiles + 1) / 2 : plan.row_tiles * plan.col_tiles;
+  const int64_t blocks = p.batch * plan.tiles;
+  if (blocks > 0 && blocks < kWantedBlocks / 2) {
+    const int64_t wanted = kWantedBlocks / blocks, most = plan.slabs / kLeastSlabs;
+    plan.splits = wanted < most ? wanted : most > 1 ? most : 1;
+  }
+  return plan;
+}
+
+template <class Tile, class Problem>
+struct TileProductShared {
+  typename Tile::Shared operands;
+  typename Problem::Key row[Tile::kTile], col[Tile::kTile];
+  int64_t item, batch, split, row0, col0;  // of the tile: kept here, not in registers, while the mainloop runs
+};
+
+template <class Tile, class Problem>
+__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
+    tile_product_kernel(Problem p, TilePlan plan, typename Problem::A* __restrict__ partial) {
+  auto& s = shared_storage<TileProductShared<Tile, Problem>>();
+  for (int64_t item = blockIdx.x; item < p.batch * plan.tiles * plan.splits; item = s.item + gridDim.x) {
+    const int64_t b = item / (plan.tiles * plan.splits), at = item - b * (plan.tiles * plan.splits);
+    const int64_t tile = at / plan.splits, split = at - tile * plan.splits;
+    int64_t tile_row, tile_col;
+    if constexpr (Problem::kMirrored) triangle(tile, tile_row, tile_col);
+    else tile_row = tile / plan.col_tiles, tile_col = tile - tile_row * plan.col_tiles;
+    const int64_t row0 = tile_row * Tile::kTile, col0 = tile_col * Tile::kTile;
+
+    __syncthreads();  // the keys of the tile before are no longer read
+    for (int i = threadIdx.x; i < Tile::kTile; i += kTileThreads) {
+      // Rows past the end repeat the last one: they are computed and never stored.
+      s.row[i] = p.row_key(row0 + i < p.rows ? row0 + i : p.rows - 1);
+      s.col[i] = p.col_key(col0 + i < p.cols ? col0 + i : p.cols - 1);
+    }
+    if (threadIdx.x == 0) s.item = item, s.batch = b, s.split = split, s.row0 = row0, s.col0 = col0;
+    __syncthreads();
+
+    const auto x = Tile::across(p.row_value(b, s.row[Tile::template Across<int>::own_row()]));
+    const auto y = Tile::across(p.col_value(b, s.col[Tile::template Across<int>::own_row()]));
+    typename Tile::Accumulators acc = {};
+    const Slabs share{plan.slabs * split / plan.splits, plan.slabs * (split + 1) / plan.splits, p.depth};
+    Tile::run(s.operands, x, y, share, acc, [](auto&) {});
+
+    const int64_t rows_left = p.rows - s.row0, cols_left = p.cols - s.col0;
+    const bool diagonal = Problem::kMirrored && s.row0 == s.col0;
+    typename Problem::A* part = partial + ((s.split * p.batch + s.batch) * p.rows + s.row0) * p.cols + s.col0;
+#pragma unroll
+    for (int i = 0; i < Tile::kSide; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kSide; ++j) {
+        const int r = Tile::row(i), c = Tile::column(j);
+        if (r >= rows_left || c >= cols_left || (diagonal && r < c)) continue;
+        if (plan.splits > 1) part[r * p.cols + c] = acc[i][j];
+        else p.store(s.batch, s.row[r], s.col[c], acc[i][j]);
+      }
+  }
+}
+
+template <class Problem>
+__global__ void __launch_bounds__(kTileThreads, 4)
+    tile_product_finish_kernel(Problem p, int64_t splits, const typename Problem::A* __restrict__ partial) {
+  const int64_t each = p.batch * p.rows * p.cols;
+  CURVATURE_GRID_STRIDE(block, ceil_div<int64_t>(each, kTileThreads)) {
+    const int64_t e = block * kTileThreads + threadIdx.x;
+    if (e >= each) continue;
+    const int64_t row = e / p.cols, c = e - row * p.cols, b = row / p.rows, r = row - b * p.rows;
+    if (Problem::kMirrored && r < c) continue;
+    typename Problem::A sum = 0;
+    for (int64_t k = 0; k < splits; ++k) sum += partial[k * each + e];
+    p.store(b, p.row_key(r), p.col_key(c), sum);
+  }
+}
+
+// Calls f with the kind of tile that suits the problem: tensor cores for bfloat16 and half; small tiles for float64,
+// and where large ones would be too few.
+template <class Problem, class F>
+auto with_tile(const Problem& p, F f) {
+  using T = typename Problem::T;
+  if constexpr (std::is_same_v<T, double>) return f(SimtTile<double, 64>{});
+  else if constexpr (!std::is_same_v<T, float>) return f(SplitTile{});
+  else if (p.batch * plan_tiles<SimtTile<float, 128>>(p).tiles >= kWantedBlocks / 2) return f(SimtTile<float, 128>{});
+  else return f(SimtTile<float, 64>{});
+}
+
+// Numbers of type A that launch_tile_product wants at `partial`.
+template <class Problem>
+int64_t tile_product_workspace(const Problem& p) {
+  return with_tile(p, [&](auto tile) {
+    const int64_t splits = plan_tiles<decltype(tile)>(p).splits;
+    return splits > 1 ? splits * p.batch * p.rows * p.cols : int64_t(0);
+  });
+}
+
+template <class Problem>
+void launch_tile_product(const Problem& p, typename Problem::A* partial, cudaStream_t stream) {
+  if (p.batch * p.rows * p.cols == 0) return;
+  with_tile(p, [&](auto tile) {
+    using Tile = decltype(tile);
+    const TilePlan plan = plan_tiles<Tile>(p);
+    launch(tile_product_kernel<Tile, Problem>, grid_blocks(p.batch * plan.tiles * plan.splits), dim3(kTileThreads),
+           stream, p, plan, partial);
+    if (plan.splits > 1)
+      launch(tile_product_finish_kernel<Problem>,
+             grid_blocks(ceil_div<int64_t>(p.batch * p.rows * p.cols, kTileThreads)), dim3(kTileThreads), stream, p,
+             plan.splits, static_cast<const typename Problem::A*>(partial));
+  });
+}
+}  // namespace torch_curvature::cuda

@@ -1,0 +1,148 @@
+"""Which cases each operator is held to: edges of tiles, one, primes, larger than a tile, rows that are not aligned,
+transposed and broadcast operands, empty axes. `cases(operator, seed, quick)` draws fresh values for a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .checks import DTYPES, Check, error_bound, poisoned, randn, storage
+from .emulation import Case
+
+
+def outer_check(u: torch.Tensor, v: torch.Tensor, batch: int, shift: tuple[int, int, int] = (0, 0, 0)) -> Check:
+    """u [B or 1, m], v [B or 1, n] of any strides."""
+    (bu, m), (bv, n), dtype = u.shape, v.shape, u.dtype
+    numbers = [batch, m, n, u.stride(0) if bu > 1 else 0, u.stride(1), v.stride(0) if bv > 1 else 0, v.stride(1)]
+    want = u.double().expand(batch, m)[:, :, None] * v.double().expand(batch, n)[:, None, :]
+    out = poisoned(want.numel(), dtype)
+    bytes_off = [s * u.element_size() for s in shift]
+    return Check(
+        Case("outer", dtype, numbers, [storage(u), storage(v), out], bytes_off),
+        2,
+        want,
+        error_bound(dtype, want, want.abs(), 1),
+    )
+
+
+def outer(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    shapes = [
+        (1, 1, 1),
+        (3, 5, 7),
+        (2, 3, 16),
+        (70, 3, 3),
+        (2, 1, 5000),
+        (1, 37, 128),
+        (5, 0, 3),
+        (0, 2, 2),
+        (9000, 1, 1),
+    ]
+    for dtype in DTYPES:
+        for batch, m, n in shapes:
+            yield outer_check(randn(g, batch, m, dtype=dtype), randn(g, batch, n, dtype=dtype), batch)
+        yield outer_check(randn(g, 1, 33, dtype=dtype), randn(g, 6, 24, dtype=dtype), 6)
+        yield outer_check(randn(g, 6, 33, dtype=dtype), randn(g, 1, 24, dtype=dtype), 6)
+        yield outer_check(randn(g, 9, 6, dtype=dtype).T, randn(g, 8, 6, dtype=dtype).T, 6)
+        for shift in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+            yield outer_check(randn(g, 4, 8, dtype=dtype), randn(g, 4, 32, dtype=dtype), 4, shift)
+
+
+def frobenius_check(x: torch.Tensor, y: torch.Tensor, batch: int, shift: tuple[int, int] = (0, 0)) -> Check:
+    """x, y [B or 1, m, n] of any strides."""
+    (_, m, n), dtype = x.shape, x.dtype
+    numbers = [batch, m, n]
+    for z in (x, y):
+        numbers += [z.stride(0) if z.shape[0] > 1 else 0, z.stride(1), z.stride(2)]
+    products = (x.double() * y.double()).expand(batch, m, n).flatten(1)
+    want = products.sum(1)
+    bound = error_bound(dtype, want, products.square().sum(1).sqrt(), m * n)
+    bytes_off = [s * x.element_size() for s in shift]
+    return Check(
+        Case("frobenius_inner", dtype, numbers, [storage(x), storage(y), poisoned(batch, dtype)], [*bytes_off, 0]),
+        2,
+        want,
+        bound,
+    )
+
+
+def frobenius_inner(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    shapes = [
+        (1, 1, 1),
+        (40, 3, 3),
+        (9, 8, 8),
+        (3, 37, 53),
+        (2, 64, 64),
+        (2, 1, 4097),
+        (1, 300, 301),
+        (4, 0, 5),
+        (0, 3, 3),
+    ]
+    for dtype in DTYPES:
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return randn(g, *shape, dtype=dtype)
+
+        for batch, m, n in shapes:
+            yield frobenius_check(draw(batch, m, n), draw(batch, m, n), batch)
+            yield frobenius_check(draw(batch, n, m).mT, draw(batch, m, n), batch)
+        yield frobenius_check(draw(3, 40, 70).mT, draw(3, 40, 70).mT, 3)
+        yield frobenius_check(draw(3, 70, 40), draw(3, 40, 70).mT, 3)
+        yield frobenius_check(draw(1, 24, 16), draw(5, 24, 16), 5)
+        yield frobenius_check(draw(70, 5, 40).transpose(0, 1), draw(40, 70, 5).permute(2, 1, 0), 5)
+        yield frobenius_check(draw(3, 20, 1).expand(3, 20, 24), draw(3, 20, 24), 3)
+        yield frobenius_check(draw(3, 20, 48)[..., ::2], draw(3, 20, 24), 3)
+        yield frobenius_check(draw(3, 16, 16), draw(3, 16, 16), 3, (1, 0))
+        yield frobenius_check(draw(3, 16, 16), draw(3, 16, 16), 3, (0, 1))
+
+
+def kronecker_check(b: torch.Tensor, a: torch.Tensor, a2: torch.Tensor | None, symmetric: bool, batch: int) -> Check:
+    """b [B or 1, N, O, O2], a [B or 1, N, I], a2 [B or 1, N, I2] of any strides."""
+    right, dtype = (a if a2 is None else a2), b.dtype
+    (N, O, O2), I, I2 = b.shape[1:], a.shape[2], right.shape[2]
+    numbers = [batch, N, O, O2, I, I2, int(symmetric), int(a2 is None)]
+    for z in (b, a, right):
+        numbers += [z.stride(0) if z.shape[0] > 1 else 0, *z.stride()[1:]]
+    wide = [z.double().expand(batch, *z.shape[1:]) for z in (b, a, right)]
+    want = torch.einsum("bnop,bni,bnj->boipj", *wide).reshape(batch, O * I, O2 * I2)
+    squares = torch.einsum("bnop,bni,bnj->boipj", *[z.square() for z in wide]).reshape(want.shape)
+    bound = error_bound(dtype, want, squares.sqrt(), N, split=dtype in (torch.bfloat16, torch.float16))
+    case = Case(
+        "kronecker_sum", dtype, numbers, [storage(b), storage(a), storage(right), poisoned(want.numel(), dtype)]
+    )
+    index = torch.arange(want.numel()).reshape(want.shape)
+    return Check(case, 3, want, bound, index.mT.flatten() if symmetric else None)
+
+
+def kronecker_sum(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    shapes = [
+        (1, 1, 1, 1),
+        (1, 5, 3, 4),
+        (2, 9, 5, 7),
+        (1, 40, 9, 6),
+        (1, 3, 17, 5),
+        (1, 33, 4, 18),
+        (2, 0, 2, 3),
+        (1, 4, 0, 3),
+    ]
+    if not quick:
+        shapes += [(1, 700, 3, 4), (1, 17, 23, 21), (3, 31, 12, 13)]
+    for dtype in DTYPES:
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return randn(g, *shape, dtype=dtype)
+
+        for batch, N, O, I in shapes:
+            b = draw(batch, N, O, O)
+            yield kronecker_check((b + b.mT) / 2, draw(batch, N, I), None, True, batch)
+            yield kronecker_check(b, draw(batch, N, I), None, False, batch)
+        yield kronecker_check(draw(2, 21, 4, 3), draw(2, 21, 5), draw(2, 21, 6), False, 2)
+        yield kronecker_check(draw(2, 4, 21, 3).transpose(1, 2), draw(1, 5, 21).mT, draw(2, 6, 21).mT, False, 2)
+        yield kronecker_check(draw(1, 600, 3, 2), draw(1, 600, 5), None, False, 1)  # few tiles: the depth is split
+
+
+GENERATORS = {f.__name__: f for f in (outer, frobenius_inner, kronecker_sum)}
+
+
+def cases(operator: str, seed: int = 0, quick: bool = True) -> list[Check]:
+    return list(GENERATORS[operator](torch.Generator().manual_seed(seed), quick))
