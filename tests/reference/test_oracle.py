@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from docs.derivative_cases import CASES, Case
-from docs.torch_second_derivatives import central_differences
 from torch import Tensor
 from torch.func import functional_call
 
+from docs.derivative_cases import CASES, Case
+from docs.torch_second_derivatives import central_differences
 from torch_curvature import reference
 
 # Losses without a second derivative in torch: the reference must refuse them with the name of the function.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .evaluation import Data, Evaluation, evaluate, split_data
@@ -9,6 +10,7 @@ from .loss import LossFunction, loss_hessian, loss_value, output_gradient
 from .rows import checked_symmetric, hessian_rows, jacobian_rows
 
 
+@torch.enable_grad()
 def gauss_newton(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`G = J_N^T h_L J_N`, `[P, P]`, with `J_N [N*C, P]` and `h_L [N*C, N*C]` of the batch loss as reduced.
 
@@ -21,6 +23,7 @@ def gauss_newton(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: I
     return (matrix + matrix.mT) / 2
 
 
+@torch.enable_grad()
 def residual(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`R = sum_k (J_L)_k H_{N_k}`, `[P, P]`, over all outputs k of all samples.
 
@@ -32,6 +35,7 @@ def residual(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Itera
     return _hessian_of((point.outputs * fixed).sum(), point)
 
 
+@torch.enable_grad()
 def hessian(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Iterable[str] | None = None) -> Tensor:
     """`H = d2 loss / d w2`, `[P, P]`, of the batch loss as reduced, by differentiating its gradient."""
     inputs, targets = split_data(data)

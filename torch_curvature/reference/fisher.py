@@ -14,6 +14,7 @@ from .normalisation import function_of, option
 from .rows import jacobian_rows
 
 
+@torch.enable_grad()
 def fisher(
     model: nn.Module,
     loss_fn: LossFunction,

@@ -36,18 +36,21 @@ def loss_jacobian(
     return row if form == "row" else row.mT
 
 
+@torch.enable_grad()
 def output_gradient(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     """`d loss / d outputs`, in the shape of the outputs."""
     point = outputs.detach().clone().requires_grad_()
     return gradient(loss_value(loss_fn, point, targets), [point]).detach().reshape(outputs.shape)
 
 
+@torch.enable_grad()
 def loss_hessian(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     """`h_L = d2 loss / d outputs2` of the batch loss as reduced, `[N*C, N*C]`, outputs in C order."""
     point = outputs.detach().clone().requires_grad_()
     return checked_symmetric(hessian_rows(loss_value(loss_fn, point, targets), [point]))
 
 
+@torch.enable_grad()
 def per_sample_gradients(model: nn.Module, loss_fn: LossFunction, data: Data, *, only: Any = None) -> dict[str, Tensor]:
     """Each sample's share of the gradient of the batch loss: name -> `[N, *shape]`; they sum to `p.grad`.
 

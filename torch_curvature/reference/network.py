@@ -18,6 +18,7 @@ from .evaluation import (
 from .rows import checked_symmetric, hessian_rows, jacobian_rows
 
 
+@torch.enable_grad()
 def jacobian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None) -> Tensor:
     """`J[n, c, p] = d output_c(sample n) / d w_p`, `[N, C, P]`.
 
@@ -43,6 +44,7 @@ def split_by_name(tensor: Tensor, shapes_of: dict[str, nn.Parameter]) -> dict[st
     }
 
 
+@torch.enable_grad()
 def input_jacobian(model: nn.Module, inputs: Inputs, *, argument: int | str | None = None) -> Tensor:
     """`d output_c(sample n) / d input_d(sample n)`, `[N, C, D]`: D is `input.shape[1:]` flattened in C order.
 
@@ -69,6 +71,7 @@ def input_jacobian(model: nn.Module, inputs: Inputs, *, argument: int | str | No
     return torch.stack([total[n, :, n] for n in range(samples)])
 
 
+@torch.enable_grad()
 def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | None = None) -> Tensor:
     """`H[n, c, j, k] = d2 output_c(sample n) / d w_j d w_k`, `[N, C, P, P]`: for small networks."""
     point = evaluate(model, inputs, only)
@@ -79,6 +82,7 @@ def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | N
     return torch.stack(matrices).reshape(*flat.shape, sum(sizes), sum(sizes))
 
 
+@torch.enable_grad()
 def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     """`J[i, j] = d f_i / d x_j` of any function of one tensor, `[o, n]`; a row `[1, n]` of a scalar one."""
     variable = _leaf(point)
@@ -87,6 +91,7 @@ def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Te
     return jacobian_rows(values.flatten(), [variable])
 
 
+@torch.enable_grad()
 def function_hessian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     """`H[i, j, k] = d2 f_i / d x_j d x_k` of any function of one tensor, `[o, n, n]`; `H[i]` is symmetric."""
     variable = _leaf(point)
