@@ -83,5 +83,18 @@ CURVATURE_CLONES void pack_panel(const T* x, int64_t depth, int64_t depth_stride
   }
 }
 
+// out[k, c] = rows[c][k stride] for c < count, zero up to kCols: rows gathered from anywhere, transposed.
+template <class T, class A>
+CURVATURE_CLONES void pack_rows(const T* const* rows, int64_t stride, int64_t depth, int64_t count,
+                                A* __restrict__ out) {
+  constexpr int64_t W = kCols<A>, kStep = 16;
+  if (count < W) std::fill(out, out + depth * W, A(0));
+  for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
+    const int64_t k1 = std::min(depth, k0 + kStep);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t k = k0; k < k1; ++k) out[k * W + c] = static_cast<A>(rows[c][k * stride]);
+  }
+}
+
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 }  // namespace torch_curvature::cpu
