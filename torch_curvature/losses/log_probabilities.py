@@ -92,7 +92,9 @@ class LinearLoss(BoundLoss):
     def sample_columns(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         p, mass = self._distribution
         drawn = draw_classes(p, samples, generator)
-        score = -(mass / samples).sqrt().expand(drawn.shape).unsqueeze(-1)
+        # The score -e_y has a mean; a random sign for each position keeps positions uncorrelated.
+        sign = 2 * torch.randint(0, 2, drawn.shape, device=p.device, generator=generator) - 1
+        score = ((mass / samples).sqrt() * sign).unsqueeze(-1)
         return self.layout.write(p.new_zeros(samples, *p.shape).scatter_(-1, drawn.unsqueeze(-1), score))
 
 
