@@ -44,7 +44,7 @@ def tensor_product(a: Tensor, b: Tensor, *, axes: int = 1, batch_axes: int = 0) 
         raise ValueError(f"the batch axes do not broadcast: {shapes}") from None
     left = a.reshape(*a.shape[:batch_axes], rows.numel(), inside.numel())
     right = b.reshape(*b.shape[:batch_axes], inside.numel(), columns.numel())
-    return (left @ right).reshape(*batch, *rows, *columns)
+    return (left @ right).reshape([*batch, *rows, *columns])
 
 
 def inner(u: Tensor, v: Tensor) -> Tensor:

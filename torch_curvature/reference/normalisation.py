@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loss import LossFunction, output_gradient
+from .loss import LossFunction, loss_value, output_gradient
 
 
 def function_of(loss_fn: LossFunction) -> LossFunction:
@@ -58,9 +58,9 @@ def denominator(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
     for point in (outputs.detach(), 0.9 * outputs.detach() + 0.05):
         mean = output_gradient(loss_fn, point, targets)
         total = output_gradient(summed(loss_fn), point, targets)
-        if mean.isnan().any():
+        if mean.isnan().any() or loss_value(loss_fn, point, targets).isnan():
             raise ValueError(
-                "the mean loss has no gradient (NaN): no valid target in the batch, or outputs out of range"
+                "the mean loss is not a number: no valid target in the batch, or outputs out of range"
             )
         if mean.any():
             ratio = (mean * total).sum() / mean.square().sum()
