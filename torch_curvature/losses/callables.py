@@ -60,7 +60,7 @@ class CallableLoss(Loss):
         with self._lock:
             self._settle(self._reduction_of(leaf.detach(), exact_targets))
             reduction = self.normalisation
-        return GenericLoss(self.name, self._loss_fn, outputs, targets, leaf, value.reshape(()), reduction)
+        return GenericLoss(self.name, self._loss_fn, outputs, targets, leaf, value, reduction)
 
     def _check_targets_by_sample(self, bound: BoundLoss, leaf: Tensor, targets: Any) -> None:
         """Weights or targets made of the whole batch (class frequencies, say) show when half of it is bound alone."""

@@ -53,7 +53,9 @@ class GenericLoss(BoundLoss):
         if not value.requires_grad:
             return torch.zeros_like(self._leaf)
         with torch.enable_grad():
-            (first,) = torch.autograd.grad(value * self._scale, self._leaf, create_graph=True, allow_unused=True)
+            (first,) = torch.autograd.grad(
+                value.reshape(()) * self._scale, self._leaf, create_graph=True, allow_unused=True
+            )
         return torch.zeros_like(self._leaf) if first is None else first
 
     def value(self) -> Tensor:
