@@ -1,0 +1,176 @@
+// gauss_newton_block: out = sum_vn sign[v, n] vec(J[v, n]) vec(J[v, n])^T, J[v, n] = sum_s g[v, n, s] (x) a[n, s]
+//
+// Shapes: g [V, N, S, O], a [N, S, I], sign [V, N], out [P, P], P = O I. The cheaper by counted multiply-adds of
+//   pairs (S = 1):   sum_n B[n] (x) a a^T with B[n] = sum_v sign g g^T, over pairs o <= p, i <= j  N P^2 / 4 + N V O^2
+//   rank-k update:   J in chunks of rows, upper triangle of J^T J                    V N S P + V N P^2 / 2
+// Every value of the upper triangle is written to both its places: symmetric to the bit. Bytes moved: out, once (once
+// for every chunk of J), and the operands.
+#include "jacobian.h"
+#include "kronecker_core.h"
+
+namespace torch_curvature::cpu {
+namespace {
+
+// B[k] = sum_v sign[v] g[v, o_k] g[v, p_k] for the pairs of a panel.
+template <class T, class A>
+CURVATURE_CLONES void products_of_columns(const T* g, int64_t gv, int64_t go, const T* sign, int64_t sv, int64_t V,
+                                          const Pair* pairs, int64_t count, A* __restrict__ to) {
+  const bool run = count == kRows && pairs[0].o == pairs[kRows - 1].o && go == 1;
+  for (int64_t v = 0; v < V; ++v, g += gv) {
+    const A w = sign ? static_cast<A>(sign[v * sv]) : A(1);
+    if (run) {
+      const A left = w * static_cast<A>(g[pairs[0].o]);
+      for (int64_t c = 0; c < kRows; ++c) to[c] += left * static_cast<A>(g[pairs[0].p + c]);
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        to[c] += w * static_cast<A>(g[pairs[c].o * go]) * static_cast<A>(g[pairs[c].p * go]);
+    }
+  }
+}
+
+// B[n] is formed panel by panel, where the Kronecker sum packs it.
+template <class T>
+void by_pairs(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
+  using A = accumulate_t<T>;
+  const JacobianSizes& s = J.size;
+  const KroneckerProblem<T> problem{J.a, J.a, J.an, J.ai, J.an, J.ai, s.N, s.O, s.O, s.I, s.I, true, true, out};
+  kronecker<T>(problem, [&](const Pair* pairs, int64_t count, int64_t n, A* to) {
+    const T* g = J.g_at(0, n);
+    products_of_columns<T, A>(g, J.gv, J.go, sign.data ? sign.data + n * sign.n : nullptr, sign.v, s.V, pairs, count,
+                              to);
+  });
+}
+
+// Rows (n, v) first.. of J, of which `count`, packed as panels of columns (o, i): [panels][depth][kCols].
+template <class T, class A>
+void form_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth, A* packed) {
+  constexpr int64_t W = kCols<A>;
+  const JacobianSizes& s = J.size;
+  const int64_t P = s.O * s.I;
+  const auto product = tile_product<A>();
+  Buffer<A> ap(panels<A>(s.I) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kRows * W);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t n = (first + k) / s.V, v = (first + k) % s.V;
+    if (k == 0 || v == 0) pack_panels<T, A>(J.a_at(n), s.S, J.as, s.I, J.ai, ap);
+    pack_panels<T, A>(J.g_at(v, n), s.S, J.gs, s.O, J.go, gp);
+    A* row = packed + k * W;
+    for (int64_t c = P; c < panels<A>(P) * W; ++c) row[c / W * depth * W + c % W] = 0;
+    for (int64_t q = 0; q < panels<A>(s.I); ++q)
+      for (int64_t r = 0; r < divide_up(s.O, kRows); ++r) {
+        packed_tile<A>(product, gp, r, s.O, ap, q, s.I, s.S, tile);
+        const int64_t width = panel_width<A>(s.I, q);
+        for (int64_t h = 0; h < std::min(kRows, s.O - r * kRows); ++h) {
+          const int64_t c = (r * kRows + h) * s.I + q * W, head = std::min(width, W - c % W);  // may cross two panels
+          std::copy_n(tile + h * W, head, row + c / W * depth * W + c % W);
+          if (head < width) std::copy_n(tile + h * W + head, width - head, row + (c / W + 1) * depth * W);
+        }
+      }
+  }
+}
+
+// Upper triangle of out (+)= J^T diag(sign) J for rows packed in x and, times their signs, in y; then mirrored.
+template <class T, class A>
+void update(const A* x, const A* y, int64_t depth, int64_t P, bool add, bool threads, T* out) {
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kStep = 512, kWide = 4;
+  const int64_t wide = panels<A>(P), groups = divide_up(wide, kWide);
+  const auto product = tile_product<A>();
+  share_tasks(groups * groups, threads, [&](int64_t task) {
+    const int64_t p0 = task / groups * kWide, q0 = task % groups * kWide;
+    if (p0 > q0) return;
+    const int64_t p1 = std::min(wide, p0 + kWide), q1 = std::min(wide, q0 + kWide);
+    Buffer<A> sums(kWide * kWide * W * W);
+    for (int64_t k0 = 0; k0 < depth; k0 += kStep)
+      for (int64_t q = q0; q < q1; ++q)
+        for (int64_t p = p0; p < std::min(p1, q + 1); ++p)
+          for (int64_t band = 0; band < std::min(kBands, divide_up(P - p * W, kRows)); ++band)
+            product(y + (p * depth + k0) * W + band * kRows, W, x + (q * depth + k0) * W, W,
+                    {std::min(kStep, depth - k0)}, sums + (((p - p0) * kWide + q - q0) * kBands + band) * kRows * W,
+                    std::min(kRows, P - p * W - band * kRows), panel_width<A>(P, q), k0 > 0);
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t q = std::max(p, q0); q < q1; ++q) {
+        A* tile = sums + ((p - p0) * kWide + q - q0) * W * W;
+        const int64_t rows = std::min(W, P - p * W), cols = std::min(W, P - q * W);
+        T* upper = out + p * W * P + q * W;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = p == q ? r : 0; c < cols; ++c) {
+            if (add) tile[r * W + c] += static_cast<A>(upper[r * P + c]);
+            upper[r * P + c] = static_cast<T>(tile[r * W + c]);
+          }
+        T* lower = out + q * W * P + p * W;
+        for (int64_t c = 0; c < cols; ++c)
+          for (int64_t r = 0; r < (p == q ? c : rows); ++r) lower[c * P + r] = static_cast<T>(tile[r * W + c]);
+      }
+  });
+}
+
+template <class T>
+void rank_k(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
+  using A = accumulate_t<T>;
+  constexpr int64_t W = kCols<A>, kElements = 1 << 24, kPart = 32;
+  const JacobianSizes& s = J.size;
+  const int64_t P = s.O * s.I, rows = s.V * s.N, wide = panels<A>(P);
+  const int64_t depth = std::min(rows, std::max<int64_t>(256, kElements / (wide * W)));
+  const bool threads = double(rows) * P * (P / 2 + s.S) > kWorthThreads;
+  Buffer<A> x(wide * depth * W), y(sign.data ? wide * depth * W : 0);
+  // Half types are summed in float32 over all chunks.
+  const bool narrow = sizeof(T) < sizeof(A) && depth < rows;
+  Buffer<A> sum(narrow ? P * P : 0);
+  for (int64_t first = 0; first < rows; first += depth) {
+    const int64_t count = std::min(depth, rows - first);
+    share_tasks(divide_up(count, kPart), threads, [&](int64_t part) {
+      const int64_t k0 = part * kPart, k1 = std::min(count, k0 + kPart);
+      form_rows<T, A>(J, first + k0, k1 - k0, count, x + k0 * W);
+      if (!sign.data) return;
+      for (int64_t k = k0; k < k1; ++k) {
+        const A w = sign((first + k) % s.V, (first + k) / s.V);
+        for (int64_t p = 0; p < wide; ++p)
+          for (int64_t c = 0; c < W; ++c) y[(p * count + k) * W + c] = w * x[(p * count + k) * W + c];
+      }
+    });
+    const A* left = sign.data ? y : x;
+    if (narrow) update<A, A>(x, left, count, P, first > 0, threads, sum);
+    else update<T, A>(x, left, count, P, first > 0, threads, out);
+  }
+  if (narrow)
+    parallel_over(P, P, [&](int64_t p0, int64_t p1) {
+      for (int64_t k = p0 * P; k < p1 * P; ++k) out[k] = static_cast<T>(sum[k]);
+    });
+}
+
+void block_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& sign, const JacobianSizes& s,
+                Tensor& out) {
+  const double P = double(s.O) * s.I, VN = double(s.V) * s.N;
+  if (P == 0) return;
+  if (VN * s.S == 0) {
+    torch::stable::zero_(out);
+    return;
+  }
+  const double pairs = s.N * (P * P / 4 + double(s.V) * s.O * s.O), rows = VN * P * (s.S + 16) + VN * P * P / 2;
+  dispatch_floating(g.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Jacobian<T> J(g, a, s);
+    const Sign<T> signs(sign);
+    T* to = static_cast<T*>(out.data_ptr());
+    s.S == 1 && pairs <= rows ? by_pairs<T>(J, signs, to) : rank_k<T>(J, signs, to);
+  });
+}
+
+Tensor gauss_newton_block(const Tensor& g, const Tensor& a, std::optional<Tensor> sign) {
+  const JacobianSizes s = check_gauss_newton_block(g, a, sign);
+  Tensor out = new_result("gauss_newton_block", g, {s.O * s.I, s.O * s.I});
+  block_into(g, a, sign, s, out);
+  return out;
+}
+
+void gauss_newton_block_out(const Tensor& g, const Tensor& a, std::optional<Tensor> sign, Tensor out) {
+  const JacobianSizes s = check_gauss_newton_block(g, a, sign);
+  check_out("gauss_newton_block", out, g, {s.O * s.I, s.O * s.I});
+  block_into(g, a, sign, s, out);
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
+  m.impl("gauss_newton_block", TORCH_BOX(&gauss_newton_block));
+  m.impl("gauss_newton_block_out", TORCH_BOX(&gauss_newton_block_out));
+}
+}  // namespace torch_curvature::cpu
