@@ -72,9 +72,12 @@ inline void check_rank(const char* op, const Argument& x, int64_t rank, const ch
   CURVATURE_CHECK(x.tensor.dim() >= rank, op, ": '", x.name, "' has shape ", shape_text(x.tensor), ", but at least ",
                   rank, " axes are needed: [*, ", axes, "].");
 }
-inline void check_size(const char* op, const Argument& x, int64_t axis, int64_t expected, const std::string& why) {
+// `letter` names the axis, `like` is the argument that it must agree with.
+inline void check_size(const char* op, const Argument& x, int64_t axis, int64_t expected, const char* letter,
+                       const Argument& like) {
   CURVATURE_CHECK(x.tensor.size(axis) == expected, op, ": '", x.name, "' has shape ", shape_text(x.tensor),
-                  ", but its axis ", axis - x.tensor.dim(), " must be ", expected, " ", why, ".");
+                  ", but its axis ", axis - x.tensor.dim(), " must be ", expected, " (", letter, ") like that of '",
+                  like.name, "' ", shape_text(like.tensor), ".");
 }
 
 inline int64_t product(const Sizes& sizes) {
@@ -136,8 +139,8 @@ inline FrobeniusSizes check_frobenius_inner(const Tensor& a, const Tensor& b) {
   check_rank(op, {"a", a}, 2, "m, n");
   check_rank(op, {"b", b}, 2, "m, n");
   FrobeniusSizes s{broadcast_batch(op, {"a", a}, 2, {"b", b}, 2), a.size(a.dim() - 2), a.size(a.dim() - 1)};
-  check_size(op, {"b", b}, b.dim() - 2, s.m, "like that of 'a' " + shape_text(a));
-  check_size(op, {"b", b}, b.dim() - 1, s.n, "like that of 'a' " + shape_text(a));
+  check_size(op, {"b", b}, b.dim() - 2, s.m, "m", {"a", a});
+  check_size(op, {"b", b}, b.dim() - 1, s.n, "n", {"a", a});
   return s;
 }
 
@@ -163,8 +166,8 @@ inline KroneckerSizes check_kronecker_sum(const Tensor& b, const Tensor& a, cons
                    b.size(b.dim() - 1),
                    a.size(a.dim() - 1),
                    right.size(right.dim() - 1)};
-  check_size(op, {"a", a}, a.dim() - 2, s.N, "(N) like that of 'b' " + shape_text(b));
-  check_size(op, {"a2", right}, right.dim() - 2, s.N, "(N) like that of 'b' " + shape_text(b));
+  check_size(op, {"a", a}, a.dim() - 2, s.N, "N", {"b", b});
+  check_size(op, {"a2", right}, right.dim() - 2, s.N, "N", {"b", b});
   CURVATURE_CHECK(!symmetric || (!a2 && s.O == s.O2), op,
                   ": symmetric=True says that b[n] is symmetric and that 'a2' is left out; got ",
                   (a2 ? "an 'a2'" : "no 'a2'"), " and 'b' of shape ", shape_text(b), ".");
@@ -203,9 +206,8 @@ inline JacobianSizes check_jacobian(const char* op, const Argument& g, const Arg
   check_exact_rank(op, g, 4, "V, N, S, O");
   check_exact_rank(op, a, 3, "N, S, I");
   const JacobianSizes s{g.tensor.size(0), g.tensor.size(1), g.tensor.size(2), g.tensor.size(3), a.tensor.size(2)};
-  const std::string like = "like that of '" + std::string(g.name) + "' " + shape_text(g.tensor);
-  check_size(op, a, 0, s.N, "(N) " + like);
-  check_size(op, a, 1, s.S, "(S) " + like);
+  check_size(op, a, 0, s.N, "N", g);
+  check_size(op, a, 1, s.S, "S", g);
   return s;
 }
 inline JacobianSizes check_signed_jacobian(const char* op, const Tensor& g, const Tensor& a,
@@ -214,8 +216,8 @@ inline JacobianSizes check_signed_jacobian(const char* op, const Tensor& g, cons
   if (sign) {
     check_alike(op, {"g", g}, {"sign", *sign});
     check_exact_rank(op, {"sign", *sign}, 2, "V, N");
-    check_size(op, {"sign", *sign}, 0, s.V, "(V) like that of 'g' " + shape_text(g));
-    check_size(op, {"sign", *sign}, 1, s.N, "(N) like that of 'g' " + shape_text(g));
+    check_size(op, {"sign", *sign}, 0, s.V, "V", {"g", g});
+    check_size(op, {"sign", *sign}, 1, s.N, "N", {"g", g});
   }
   return s;
 }
@@ -239,8 +241,8 @@ inline GramSizes check_jacobian_gram(const Tensor& g, const Tensor& a, const std
   GramSizes s{left, g2 ? check_jacobian(op, {"g2", *g2}, {"a2", *a2}) : left, {}};
   if (g2) {
     check_alike(op, {"g", g}, {"g2", *g2});
-    check_size(op, {"g2", *g2}, 3, left.O, "(O) like that of 'g' " + shape_text(g));
-    check_size(op, {"a2", *a2}, 2, left.I, "(I) like that of 'a' " + shape_text(a));
+    check_size(op, {"g2", *g2}, 3, left.O, "O", {"g", g});
+    check_size(op, {"a2", *a2}, 2, left.I, "I", {"a", a});
   }
   s.result = {s.left.V, s.left.N, s.right.V, s.right.N};
   return s;

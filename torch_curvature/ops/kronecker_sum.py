@@ -21,7 +21,7 @@ from .routing import (
     without_autocast,
 )
 
-_kernel = torch.ops.torch_curvature.kronecker_sum.default
+_kernel = torch.ops.torch_curvature.kronecker_sum.default._op  # the C++ entry itself: no Python frame on the way
 _kernel_out = torch.ops.torch_curvature.kronecker_sum_out.default
 
 

@@ -19,7 +19,7 @@ from .routing import (
     without_autocast,
 )
 
-_kernel = torch.ops.torch_curvature.outer.default
+_kernel = torch.ops.torch_curvature.outer.default._op  # the C++ entry itself: no Python frame on the way
 _kernel_out = torch.ops.torch_curvature.outer_out.default
 
 
