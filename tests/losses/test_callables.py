@@ -232,6 +232,20 @@ def test_token_mean_hidden_by_equal_counts_is_found_in_the_next_batch() -> None:
         loss.bind(normal(generator, 3, 4, 5), y)
 
 
+def test_mean_over_batches_of_unequal_shapes_must_be_said_to_be_over_samples() -> None:
+    def loss_fn(u: Tensor, y: Tensor) -> Tensor:
+        return ((u - y) ** 4).mean()
+
+    generator = torch.Generator().manual_seed(3)
+    batches = [(normal(generator, 2, length), normal(generator, 2, length)) for length in (3, 5)]
+    loss = interpret(loss_fn)
+    loss.bind(*batches[0])
+    with pytest.raises(ValueError, match="unequal shapes"):
+        loss.bind(*batches[1])
+    loss = interpret(loss_fn, reduction="mean")
+    assert loss.combine([loss.bind(*batch).denominator for batch in batches]) == 4
+
+
 def test_coupling_too_weak_for_the_gradient_is_found_in_float32() -> None:
     loss = interpret(lambda u, y: u.square().sum() + 1e-6 * (u * u.roll(1, 0)).sum())
     with pytest.raises(ValueError, match="neither the sum"):

@@ -112,9 +112,15 @@ class CallableLoss(Loss):
         if self._witness is None:
             self._witness = sample
             return
-        if self._witness[0].shape == sample[0].shape and self._witness[0].dtype == sample[0].dtype:
-            try:
-                joined = join_samples(self._witness[1], sample[1])
-            except RuntimeError:  # targets of unequal shapes: no batch holds both
+        try:
+            outputs = torch.cat([self._witness[0].to(outputs.dtype), sample[0]])
+            targets = join_samples(self._witness[1], sample[1])
+        except RuntimeError as error:
+            if self._given is not None:
                 return
-            find_reduction(self.name, self._loss_fn, torch.cat([self._witness[0], sample[0]]), joined, "mean")
+            raise ValueError(
+                f"{self.name}: this batch and the first one have samples of unequal shapes ({error}): it cannot be "
+                "told whether the mean is over samples or over something else (tokens). Say that it is over samples, "
+                "interpret(loss_fn, reduction='mean'), write the loss as a sum, or return a loss of torch itself."
+            ) from error
+        find_reduction(self.name, self._loss_fn, outputs, targets, "mean")

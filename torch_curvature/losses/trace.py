@@ -108,9 +108,13 @@ def _closed_form(call: _Recorded, outputs: Tensor, leaf: Tensor) -> Traced | Non
 
 def _layout(given: Tensor, leaf: Tensor, class_axis: bool) -> Layout | None:
     """How `given` rearranges the leaf, or None where it does not."""
-    if (given is leaf or given._base is leaf) and given.numel() == leaf.numel() and given.dtype == leaf.dtype:
+    if given.dtype != leaf.dtype or not given.requires_grad or given.numel() == 0:
+        return None
+    same_storage = given.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    if same_storage and given.numel() == leaf.numel():
+        uses = _transpose_product(given, leaf, torch.ones_like(given))
         layout = strided_layout(leaf.shape, given, class_axis)
-        if layout is not None:
+        if layout is not None and uses is not None and bool((uses == 1).all()):
             return layout
     places = _places(given, leaf)
     return None if places is None else traced_layout(leaf.shape, places, class_axis)
@@ -118,8 +122,6 @@ def _layout(given: Tensor, leaf: Tensor, class_axis: bool) -> Layout | None:
 
 def _places(given: Tensor, leaf: Tensor) -> Tensor | None:
     """For each element of `given`, the place in the flattened leaf that it was copied from; None if it is no copy."""
-    if given.dtype != leaf.dtype or not given.requires_grad or given.numel() == 0:
-        return None
     digits = 2 ** (20 if leaf.dtype == torch.float32 else 50)
     number = torch.arange(1, given.numel() + 1, device=leaf.device)
     origin = torch.zeros(leaf.numel(), dtype=torch.long, device=leaf.device)
