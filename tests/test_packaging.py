@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,32 @@ def test_self_check_passes() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "self-check passed" in result.stdout
     assert "instruction set" in result.stdout
+
+
+def test_every_operator_is_registered_for_every_backend_compiled() -> None:
+    import torch
+
+    from torch_curvature import _C
+
+    schemas = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "library.cpp").read_text())
+    keys = ["CPU"] if _C.build_info()["cuda"] == "not compiled" else ["CPU", "CUDA"]
+    missing = [
+        (name, key)
+        for name in schemas
+        for key in keys
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_curvature::{name}", key)
+    ]
+    assert schemas
+    assert not missing
+
+
+def test_cuda_without_a_gpu_says_so() -> None:
+    import torch
+
+    import torch_curvature as tc
+
+    if torch.cuda.is_available():
+        assert tc.ops.outer(*torch.ones(2, 3, device="cuda")).is_cuda
+    else:
+        with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA driver|not compiled with CUDA"):
+            tc.ops.outer(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"))
