@@ -54,7 +54,7 @@ def empirical_fisher(
     point = evaluate(model, inputs, only)
     divisor = denominator_of(loss_fn, point.outputs, targets) if denominator is None else denominator
     shares = per_sample_gradients(model, loss_fn, (inputs, targets), only=only)
-    rows = torch.cat([g.flatten(1) for g in shares.values()], dim=1)
+    rows = torch.cat([g.reshape(len(g), -1) for g in shares.values()], dim=1)
     matrix = divisor * (rows.mT @ rows)  # grad c_n is D times the share of sample n
     return (matrix + matrix.mT) / 2
 
