@@ -9,70 +9,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, RecordedUse, UnsupportedModelError
+from .capture import Capture
 from .factors import Factor
 from .fallback import per_sample_jacobians
-
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-
-
-@dataclass(slots=True)
-class Layout:
-    """Where the samples are among the leading axes of a layer's output.
-
-    ``axis`` is the axis that counts samples; with ``minor``, axis 0 counts positions times samples, samples fastest.
-    """
-
-    axis: int
-    minor: bool = False
-
-    def arrange(self, rows: Tensor, batch_shape: Sequence[int], samples: int, lead: int) -> Tensor:
-        """[*lead, R, s, K] -> [*lead, N, S, K], S = R s / N; ``lead`` axes before (0 or 1)."""
-        *front, _, s, K = rows.shape
-        if self.minor:
-            grid = rows.reshape(*front, -1, samples, rows.shape[lead] // batch_shape[0], s, K)
-            return grid.transpose(lead, lead + 1).reshape(*front, samples, -1, K)
-        if self.axis == 0:
-            return rows.reshape(*front, samples, -1, K)
-        grid = rows.reshape(*front, *batch_shape, s, K).movedim(lead + self.axis, lead)
-        return grid.reshape(*front, samples, -1, K)
-
-
-def layouts(batch_shape: Sequence[int], samples: int) -> list[Layout]:
-    """Every way in which ``samples`` samples can be laid out, the usual first."""
-    found = []
-    if batch_shape and batch_shape[0] % samples == 0:
-        found.append(Layout(0))
-    found += [Layout(axis) for axis in range(1, len(batch_shape)) if batch_shape[axis] == samples]
-    if batch_shape and batch_shape[0] % samples == 0 and batch_shape[0] != samples:
-        found.append(Layout(0, minor=True))
-    return found
-
-
-@dataclass(slots=True)
-class Plan:
-    """How the parameters of one model are handled; made once per signature, on evidence.
-
-    Attributes:
-        layouts: of each recorded use that is trusted (by its index).
-        closed: names of parameters with trusted uses, and the indices of these.
-        fallback: names of parameters without, and why.
-        unused: names of parameters that the outputs do not depend on.
-    """
-
-    layouts: dict[int, Layout] = field(default_factory=dict)
-    closed: dict[str, list[int]] = field(default_factory=dict)
-    fallback: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
-    batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
-
+from .plan import Plan, working_dtype
+from .recorder import RecordedUse
+from .trust import verify
 
 PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
@@ -113,9 +60,8 @@ class Backpropagation:
         )
         plan = known.get(key)
         if plan is None:
-            self.plan = Plan()
-            self._verify()
-            plan = self.plan
+            plan = self.plan = Plan()
+            verify(self)
             if len(known) >= 64:
                 known.clear()
             if plan.conclusive:
@@ -135,7 +81,7 @@ class Backpropagation:
 
         Parameters that the outputs do not depend on are left out (their Jacobian is zero).
         """
-        return self.assemble(self._to_edges(columns) if self.plan.closed else [], columns)
+        return self.assemble(self.to_edges(columns) if self.plan.closed else [], columns)
 
     def assemble(self, derivatives: Sequence[Tensor | None], columns: Tensor | None) -> dict[str, Factor]:
         """Factors from the derivatives [V, *z] at the edges; ``columns`` are needed for the fallback only."""
@@ -143,7 +89,7 @@ class Backpropagation:
         found: dict[str, Factor] = {}
         with torch.no_grad():
             for name, indices in plan.closed.items():
-                factor = self._closed(name, indices, derivatives)
+                factor = self.closed(name, indices, derivatives)
                 if factor is not None:
                     found[name] = factor
         if plan.fallback:
@@ -156,7 +102,8 @@ class Backpropagation:
                 found[name] = Factor(J[:, :, None], None, self.parameters[name].shape)
         return {name: found[name] for name in self.parameters if name in found}
 
-    def _to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
+    def to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
+        """Columns [V, N, *out] pulled back to the recorded layers' outputs, [V, *z] each."""
         outputs, edges = self.captured.outputs, self.captured.record.edges
         columns = columns.to(outputs.dtype)
 
@@ -215,7 +162,8 @@ class Backpropagation:
         batch_shape = recorded.output_shape[: recorded.use.batch_axes]
         return self.plan.layouts[index].arrange(a, batch_shape, self.captured.samples, 0)
 
-    def _closed(self, name: str, indices: list[int], derivatives: Sequence[Tensor | None]) -> Factor | None:
+    def closed(self, name: str, indices: list[int], derivatives: Sequence[Tensor | None]) -> Factor | None:
+        """Factor of one parameter from the uses with these indices; None where nothing arrived at any of them."""
         uses = self.captured.record.uses
         shape = self.parameters[name].shape
         reached = [i for i in indices if derivatives[uses[i].edge] is not None]
@@ -271,111 +219,6 @@ class Backpropagation:
         transposed = self.captured.record.uses[parts[0][0]].transposed
         return Factor(g, a, shape, transposed, rows)
 
-    # ------------------------------------------------------------------ trust
-
-    def _verify(self) -> None:
-        """Decide for every parameter, against autograd's own gradient, which of its factors can be trusted.
-
-        Two cotangents: r, random, and w r with an independent random weight w[n] for every sample.  Where samples
-        are independent and laid out as assumed, what arrives at a layer for the second is w times what arrives for
-        the first; and ``sum_n w[n] J_r[n]`` is autograd's gradient for the second.
-        """
-        captured, plan = self.captured, self.plan
-        outputs, N = captured.outputs, captured.samples
-        generator = torch.Generator().manual_seed(20177)
-        r = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        w = (torch.rand(N, generator=generator, dtype=torch.float64) + 0.5).to(outputs)
-        w = w * (1 - 2 * (torch.arange(N, device=w.device) % 2))
-        weighted = r * w.view(N, *[1] * (outputs.dim() - 1))
-        names = list(self.parameters)
-        truth = torch.autograd.grad(
-            outputs, list(self.parameters.values()), weighted, retain_graph=True, allow_unused=True
-        )
-        reference = {n: (t.to_dense() if t.is_sparse else t) for n, t in zip(names, truth) if t is not None}
-        plan.unused = [n for n in names if n not in reference]
-        by_name: dict[str, list[int]] = {}
-        for index, recorded in enumerate(captured.record.uses):
-            by_name.setdefault(recorded.name, []).append(index)
-        edges = self._to_edges(torch.stack([r, weighted])) if captured.record.edges else []
-        for name in reference:
-            with torch.no_grad():
-                why = self._distrust(name, by_name.get(name, []), edges, w, reference[name])
-            if why is None:
-                plan.closed[name] = by_name[name]
-            else:
-                plan.fallback[name] = why
-        if plan.fallback and self.repeatable:
-            self._verify_fallback(r, w, reference)
-
-    def _distrust(
-        self, name: str, indices: list[int], edges: Sequence[Tensor | None], w: Tensor, reference: Tensor
-    ) -> str | None:
-        """Why the closed factors of one parameter cannot be used, None where they can."""
-        uses, N = self.captured.record.uses, self.captured.samples
-        if name in self.captured.record.escaped:
-            return "used by a function without a rule"
-        if not indices:
-            return "no use of it was seen"
-        scale = reference.norm()
-        for index in indices:
-            derivative = edges[uses[index].edge]
-            if derivative is None:
-                continue
-            rows = self._rows(uses[index], derivative)
-            chosen = self._layout_of(uses[index], rows, w, N)
-            if chosen is None:
-                return "its uses have no axis that counts samples, or samples are not independent there"
-            self.plan.layouts[index] = chosen
-            size = rows[1].norm()
-            if not size > 0:
-                self.plan.conclusive = False
-            scale = scale + size
-        indices[:] = [i for i in indices if i in self.plan.layouts]
-        if not indices:
-            return "no use of it reaches the output"
-        factor = self._closed(name, indices, [None if d is None else d[:1] for d in edges])
-        assert factor is not None
-        ours = factor.apply_transposed(w.to(factor.g.dtype)[None, :, None]).reshape(reference.shape)
-        tolerance = TOLERANCE[self._precision(reference)]
-        magnitude = scale * (1 if factor.a is None else factor.a.abs().amax().clamp(max=1e4))
-        if (ours - reference).norm() <= tolerance * torch.maximum(reference.norm(), 1e-2 * magnitude):
-            return None
-        return "the rule's gradient differs from autograd's"
-
-    def _layout_of(self, recorded: RecordedUse, rows: Tensor, w: Tensor, N: int) -> Layout | None:
-        tolerance = TOLERANCE[self._precision(self.parameters[recorded.name])]
-        batch_shape = recorded.output_shape[: recorded.use.batch_axes]
-        for candidate in layouts(batch_shape, N):
-            g = candidate.arrange(rows, batch_shape, N, 1)
-            expected = g[0] * w.to(g.dtype)[:, None, None]
-            if (g[1] - expected).norm() <= tolerance * g[1].norm():
-                return candidate
-        return None
-
-    def _precision(self, tensor: Tensor) -> torch.dtype:
-        """The coarsest dtype that took part."""
-        dtypes = {tensor.dtype, self.captured.outputs.dtype}
-        if torch.is_autocast_enabled(self.captured.outputs.device.type):
-            dtypes.add(torch.get_autocast_dtype(self.captured.outputs.device.type))
-        return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0))
-
-    def _verify_fallback(self, r: Tensor, w: Tensor, reference: dict[str, Tensor]) -> None:
-        wanted = {name: self.parameters[name] for name in self.plan.fallback}
-        jacobians = per_sample_jacobians(self.model, self.forward, self.captured, wanted, r.unsqueeze(0))
-        for name, J in jacobians.items():
-            dtype = working_dtype(J.dtype)
-            ours = (J[0].to(dtype) * w.to(dtype)[:, None]).sum(0).reshape(reference[name].shape)
-            error = (ours - reference[name]).norm()
-            if not error <= TOLERANCE[self._precision(reference[name])] * (
-                reference[name].norm() + J[0].to(dtype).norm()
-            ):
-                raise UnsupportedModelError(
-                    f"parameter {name!r}: the gradients of single samples do not add up to the gradient of the batch "
-                    f"(relative error {float(error / reference[name].norm()):.1e}). The model mixes the samples of a "
-                    "batch, or is not deterministic, or its output's first axis does not count samples; it has no "
-                    "per-sample derivatives as it stands"
-                )
-
 
 def one_hot(index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[N, S] rows of a table -> (a [N, S, I] over the I rows in use, rows [I]); negative entries use no row."""
@@ -385,8 +228,3 @@ def one_hot(index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if rows.numel() and rows[0] < 0:
         rows, a = rows[1:], a[:, :, 1:]
     return a, rows
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are kept in float32 or better."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

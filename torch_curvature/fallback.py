@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, Recorder, observation
+from .capture import Capture, observation
+from .recorder import Recorder
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 

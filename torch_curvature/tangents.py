@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .capture import Capture, Recorder, capture
+from .backprop import Backpropagation
+from .capture import Capture, capture
+from .plan import working_dtype
+from .recorder import Recorder
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -49,8 +52,33 @@ def push_forward(
             tangent = torch.zeros_like(captured.outputs) if tangent is None else tangent.detach()
         return captured, tangent
     except NotImplementedError:  # a function of the model has no forward-mode derivative
-        captured = capture(model, forward, batch, parameters, Recorder({}))
+        pass
+    captured = capture(model, forward, batch, parameters)
+    try:
         return captured, double_backward_product(captured, parameters, tangents)
+    except (NotImplementedError, RuntimeError):  # nor a second one
+        return captured, column_product(model, forward, captured, parameters, tangents)
+
+
+def column_product(
+    model: nn.Module,
+    forward: Forward,
+    captured: Capture,
+    parameters: dict[str, nn.Parameter],
+    tangents: dict[str, Tensor],
+) -> Tensor:
+    """``J v`` from the rows of J, one backward pass for each output."""
+    backpropagation = Backpropagation(model, parameters, captured, forward)
+    outputs = captured.outputs
+    N, C = outputs.shape[0], outputs[0].numel()
+    product = torch.zeros(N, C, dtype=working_dtype(outputs.dtype), device=outputs.device)
+    for c in range(C):
+        column = torch.zeros_like(outputs).view(N, C)
+        column[:, c] = 1
+        for name, factor in backpropagation.factors(column.view(1, *outputs.shape)).items():
+            vector = tangents[name].reshape(-1, 1).to(factor.g.dtype)
+            product[:, c] += factor.apply(vector)[0, :, 0]
+    return product.view(outputs.shape)
 
 
 def double_backward_product(

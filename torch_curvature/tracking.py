@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .backprop import Backpropagation
-from .capture import (
-    Capture,
-    RandomState,
-    Record,
-    Recorder,
-    UnsupportedModelError,
-    force_eager,
-    trainable_parameters,
-    unwrapped,
-)
+from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .factors import Factor, gradient_moments, gram, squared_norms
+from .plan import coverage
+from .recorder import Record, Recorder, UnsupportedModelError
 
 
 @dataclass(slots=True)
@@ -275,15 +268,7 @@ class Track:
         plans = [b.backpropagation.plan for b in self._batches if b.backpropagation is not None]
         if not plans:
             raise RuntimeError("the model has not been called yet inside the with statement")
-        found = {}
-        for name, p in self._model.named_parameters():
-            if not p.requires_grad:
-                found[name] = "frozen"
-                continue
-            why = [plan.fallback[name] for plan in plans if name in plan.fallback]
-            closed = any(name in plan.closed for plan in plans)
-            found[name] = f"fallback: {why[0]}" if why else "closed rule" if closed else "unused"
-        return found
+        return coverage(self._model, plans)
 
 
 def track(model: nn.Module) -> Track:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def broadcast_axes(parameter: Tensor, output: Tensor) -> int:
     return axes
 
 
-def elementwise(output: Tensor, parameter: Any, factor: Callable[[], Tensor] | None) -> Iterator[Use]:
+def elementwise(output: Tensor, parameter: Any, factor: Tensor | None) -> Iterator[Use]:
     """Use of ``parameter`` in ``z = parameter * factor + ...`` with broadcasting."""
     if not isinstance(parameter, Tensor) or parameter.dim() > output.dim():
         return
@@ -32,7 +32,7 @@ def elementwise(output: Tensor, parameter: Any, factor: Callable[[], Tensor] | N
 
     def gradient(dz: Tensor) -> Tensor:
         if factor is not None:
-            dz = dz * rows(factor().expand(output.shape), axes).to(dz.dtype)
+            dz = dz * rows(factor.expand(output.shape), axes).to(dz.dtype)
         return reduced_to(dz, own)
 
     yield Use(parameter, axes, gradient)
@@ -40,8 +40,6 @@ def elementwise(output: Tensor, parameter: Any, factor: Callable[[], Tensor] | N
 
 @register_rule(torch.add)
 @register_rule(torch.Tensor.add)
-@register_rule(torch.Tensor.__add__)
-@register_rule(torch.Tensor.__radd__)
 def addition(output: Tensor, input: Any, other: Any, **scale: Any) -> Iterator[Use]:
     if not scale:
         yield from elementwise(output, input, None)
@@ -50,12 +48,10 @@ def addition(output: Tensor, input: Any, other: Any, **scale: Any) -> Iterator[U
 
 @register_rule(torch.mul)
 @register_rule(torch.Tensor.mul)
-@register_rule(torch.Tensor.__mul__)
-@register_rule(torch.Tensor.__rmul__)
 def multiplication(output: Tensor, input: Any, other: Any) -> Iterator[Use]:
     for parameter, factor in ((input, other), (other, input)):
         if isinstance(factor, Tensor):
-            yield from elementwise(output, parameter, lambda factor=factor: factor)
+            yield from elementwise(output, parameter, factor)
 
 
 @register_rule(torch.Tensor.expand)

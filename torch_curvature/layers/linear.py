@@ -27,7 +27,6 @@ def linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = 
 
 @register_rule(torch.matmul)
 @register_rule(torch.Tensor.matmul)
-@register_rule(torch.Tensor.__matmul__)
 @register_rule(torch.mm)
 @register_rule(torch.Tensor.mm)
 def matmul(output: Tensor, input: Tensor, other: Tensor) -> Iterator[Use]:

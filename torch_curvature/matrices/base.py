@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..backprop import Backpropagation, working_dtype
+from ..backprop import Backpropagation
 from ..capture import Capture, capture, trainable_parameters, unwrapped
 from ..factors import Factor
+from ..plan import coverage, working_dtype
 from ..tangents import push_forward
 from .data import Batches, Forward, inputs_forward, pair_forward
 from .memory import Budget
@@ -132,15 +133,7 @@ class Matrix(abc.ABC):
         """
         if not self._plans:
             next(self._sweep("coverage"))
-        found = {}
-        for name, p in self.model.named_parameters():
-            if not p.requires_grad:
-                found[name] = "frozen"
-                continue
-            why = [plan.fallback[name] for plan in self._plans if name in plan.fallback]
-            closed = any(name in plan.closed for plan in self._plans)
-            found[name] = f"fallback: {why[0]}" if why else "closed rule" if closed else "unused"
-        return found
+        return coverage(self.model, self._plans)
 
     def _groups(self, by: str) -> dict[str, list[str]]:
         """Parameters joined into blocks."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backprop import TOLERANCE
+from ..plan import TOLERANCE
 from ..tangents import double_backward_product, pull_back, push_forward
 from .blocks import normalised
 

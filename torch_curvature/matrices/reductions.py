@@ -99,7 +99,7 @@ def _with_bias(matrix: Any, factors: dict[str, Factor]) -> dict[str, tuple[Facto
             )
             if with_bias:
                 taken.add(bias)
-            joined[module if alone and module else name] = (factor, with_bias)
+            joined[module if alone else name] = (factor, with_bias)
             taken.add(name)
     joined.update({n: (f, False) for n, f in factors.items() if n not in taken})
     return joined
