@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +100,53 @@ def test_rearranged_outputs_are_recognised(name: str, reduction: str) -> None:
     generator = torch.Generator().manual_seed(4)
     bound = check(maker(reduction), normal(generator, *output_shape), uniform(generator, *target_shape))
     assert not isinstance(bound, GenericLoss)
+
+
+def random_rearrangement(seed: int) -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
+    """A shape of outputs, and a random chain of permutations, slices, flips and reshapes of them."""
+    draw = random.Random(seed)
+    shape = (draw.choice([2, 3]), *(draw.choice([1, 2, 3, 4]) for _ in range(draw.choice([1, 2, 3]))))
+    steps: list[Callable[[Tensor], Tensor]] = []
+    probe = torch.empty(shape)
+    for _ in range(draw.choice([1, 2, 3, 4])):
+        kind, axis = draw.choice(["permute", "slice", "flip", "flatten", "unsqueeze"]), draw.randrange(probe.dim())
+        if kind == "permute":
+            order = draw.sample(range(probe.dim()), probe.dim())
+            steps.append(lambda x, o=order: x.permute(o))
+        elif kind == "slice" and probe.shape[axis] > 1:
+            steps.append(lambda x, a=axis: x.narrow(a, 1, x.shape[a] - 1))
+        elif kind == "flip":
+            steps.append(lambda x, a=axis: x.flip(a))
+        elif kind == "flatten" and axis + 1 < probe.dim():
+            steps.append(lambda x, a=axis: x.flatten(a, a + 1))
+        else:
+            steps.append(lambda x, a=axis: x.unsqueeze(a))
+        probe = steps[-1](probe)
+    return shape, lambda x: functools.reduce(lambda value, step: step(value), steps, x)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_rearrangements(seed: int) -> None:
+    """Exact whatever the rearrangement; a softmax that mixes samples is refused."""
+    shape, rearrange = random_rearrangement(seed)
+    generator = torch.Generator().manual_seed(seed)
+    outputs = normal(generator, *shape)
+    for reduction in REDUCTIONS:
+        y = uniform(generator, *rearrange(outputs).shape)
+        bound = check(lambda u, t, y=y, r=reduction: F.mse_loss(rearrange(u), y, reduction=r), outputs, None)
+        assert not isinstance(bound, GenericLoss)
+    if rearrange(outputs).dim() > 1:
+        owner = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+        owner = rearrange(owner).movedim(1, -1)
+
+        def loss_fn(u: Tensor, t: Any) -> Tensor:
+            return F.cross_entropy(rearrange(u), y)
+
+        if bool((owner == owner[..., :1]).all()):
+            assert isinstance(check(loss_fn, outputs, None), SoftmaxLoss)
+        else:
+            with pytest.raises(ValueError, match=r"neither the sum|couples|on sample 0 alone"):
+                interpret(loss_fn).bind(outputs, None)
 
 
 def reduce(x: Tensor, reduction: str) -> Tensor:

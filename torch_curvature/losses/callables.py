@@ -65,7 +65,7 @@ class CallableLoss(Loss):
     def _check_targets_by_sample(self, bound: BoundLoss, leaf: Tensor, targets: Any) -> None:
         """Weights or targets made of the whole batch (class frequencies, say) show when half of it is bound alone."""
         half = leaf.shape[0] // 2
-        if half == 0:
+        if half == 0 or targets is None:
             return
         try:
             part = leaf.detach()[:half].requires_grad_()
