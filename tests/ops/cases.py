@@ -54,6 +54,36 @@ def _symmetrised(b: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     return (b + b.mT) / 2, *rest
 
 
+def _jacobian(g: Tensor, a: Tensor) -> Tensor:
+    return torch.einsum("...vnso,...nsi->...vnoi", g, a)
+
+
+def _weighted(values: Tensor, sign: Tensor | None) -> Tensor:
+    return values if sign is None else values * sign[..., None, None]
+
+
+def _jacobian_norms(g: Tensor, a: Tensor) -> Tensor:
+    return (_jacobian(g, a) ** 2).sum((-2, -1))
+
+
+def _gauss_newton_diagonal(g: Tensor, a: Tensor, sign: Tensor | None = None) -> Tensor:
+    return _weighted(_jacobian(g, a) ** 2, sign).sum((-4, -3))
+
+
+def _gauss_newton_block(g: Tensor, a: Tensor, sign: Tensor | None = None) -> Tensor:
+    J = _jacobian(g, a)
+    return torch.einsum("...vnoi,...vnpj->...oipj", _weighted(J, sign), J).flatten(-2).flatten(-3, -2)
+
+
+def _jacobian_gram(g: Tensor, a: Tensor, g2: Tensor | None = None, a2: Tensor | None = None) -> Tensor:
+    J = _jacobian(g, a)
+    return torch.einsum("...vnoi,...wmoi->...vnwm", J, J if g2 is None else _jacobian(g2, a2))
+
+
+def _as_matrix(gram: Tensor) -> Tensor:
+    return gram.flatten(-2).flatten(-3, -2)
+
+
 OPERATORS = [
     Operator(
         "outer",
@@ -136,5 +166,134 @@ OPERATORS = [
         prepare=_symmetrised,
         raw="kronecker_sum",
         raw_arguments=lambda b, a: (b, a, None, True),
+    ),
+    Operator(
+        "jacobian_norms",
+        tc.ops.jacobian_norms,
+        _jacobian_norms,
+        (
+            ((2, 2, 3, 2), (2, 3, 2)),
+            ((2, 3, 1, 4), (3, 1, 5)),
+            ((1, 2, 5, 2), (2, 5, 3)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2)),
+            ((3, 40, 1, 33), (40, 1, 65)),
+            ((2, 5, 9, 40), (5, 9, 37)),
+            ((2, 3, 70, 9), (3, 70, 10)),
+            ((1, 17, 33, 20), (17, 33, 40)),
+            ((0, 3, 2, 2), (3, 2, 2)),
+            ((2, 0, 2, 2), (0, 2, 2)),
+            ((2, 3, 0, 2), (3, 0, 2)),
+            ((2, 3, 2, 0), (3, 2, 2)),
+            ((2, 3, 2, 2), (3, 2, 0)),
+        ),
+        raw="jacobian_norms",
+    ),
+    Operator(
+        "jacobian_gram",
+        lambda g, a: _as_matrix(tc.ops.jacobian_gram(g, a)),
+        lambda g, a: _as_matrix(_jacobian_gram(g, a)),
+        (
+            ((2, 2, 3, 2), (2, 3, 2)),
+            ((2, 3, 1, 4), (3, 1, 5)),
+            ((1, 2, 5, 2), (2, 5, 3)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2)),
+            ((3, 40, 1, 33), (40, 1, 65)),
+            ((2, 20, 9, 130), (20, 9, 40)),
+            ((2, 3, 70, 9), (3, 70, 10)),
+            ((3, 45, 2, 4), (45, 2, 3)),
+            ((0, 3, 2, 2), (3, 2, 2)),
+            ((2, 0, 2, 2), (0, 2, 2)),
+            ((2, 3, 0, 2), (3, 0, 2)),
+            ((2, 3, 2, 0), (3, 2, 2)),
+        ),
+        symmetric=True,
+        raw="jacobian_gram",
+        raw_arguments=lambda g, a: (g, a, None, None),
+    ),
+    Operator(
+        "jacobian_gram(g2, a2)",
+        tc.ops.jacobian_gram,
+        _jacobian_gram,
+        (
+            ((2, 2, 1, 2), (2, 1, 2), (1, 2, 2, 2), (2, 2, 2)),
+            ((1, 2, 3, 2), (2, 3, 2), (2, 1, 1, 2), (1, 1, 2)),
+            ((2, 2, 1, 3), (2, 1, 2), (2, 2, 1, 3), (2, 1, 2)),
+            ((2, 1, 2, 1, 4), (2, 1, 2), (3, 1, 1, 2, 3, 4), (2, 3, 2)),
+            ((3, 40, 1, 33), (40, 1, 65), (2, 35, 1, 33), (35, 1, 65)),
+            ((2, 20, 9, 30), (20, 9, 40), (1, 7, 50, 30), (7, 50, 40)),
+            ((2, 3, 2, 2), (3, 2, 2), (2, 0, 2, 2), (0, 2, 2)),
+        ),
+        raw="jacobian_gram",
+    ),
+    Operator(
+        "gauss_newton_diagonal",
+        tc.ops.gauss_newton_diagonal,
+        _gauss_newton_diagonal,
+        (
+            ((2, 2, 3, 2), (2, 3, 2)),
+            ((2, 3, 1, 4), (3, 1, 5)),
+            ((1, 2, 5, 2), (2, 5, 3)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2)),
+            ((3, 300, 1, 33), (300, 1, 65)),
+            ((2, 35, 9, 40), (35, 9, 37)),
+            ((2, 3, 70, 9), (3, 70, 10)),
+            ((0, 3, 2, 2), (3, 2, 2)),
+            ((2, 0, 2, 2), (0, 2, 2)),
+            ((2, 3, 0, 2), (3, 0, 2)),
+            ((2, 3, 2, 0), (3, 2, 2)),
+        ),
+        raw="gauss_newton_diagonal",
+        raw_arguments=lambda g, a: (g, a, None),
+    ),
+    Operator(
+        "gauss_newton_diagonal(sign)",
+        tc.ops.gauss_newton_diagonal,
+        _gauss_newton_diagonal,
+        (
+            ((2, 2, 3, 2), (2, 3, 2), (2, 2)),
+            ((2, 3, 1, 4), (3, 1, 5), (2, 3)),
+            ((1, 2, 2, 2), (2, 2, 3), (1, 2)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2), (2, 1, 2)),
+            ((3, 300, 1, 33), (300, 1, 65), (3, 300)),
+            ((2, 35, 9, 40), (35, 9, 37), (2, 35)),
+        ),
+        raw="gauss_newton_diagonal",
+    ),
+    Operator(
+        "gauss_newton_block",
+        tc.ops.gauss_newton_block,
+        _gauss_newton_block,
+        (
+            ((2, 2, 3, 2), (2, 3, 2)),
+            ((2, 3, 1, 4), (3, 1, 5)),
+            ((1, 2, 5, 2), (2, 5, 3)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2)),
+            ((3, 600, 1, 9), (600, 1, 35)),
+            ((3, 600, 1, 40), (600, 1, 1)),
+            ((2, 35, 9, 12), (35, 9, 17)),
+            ((2, 3, 70, 9), (3, 70, 10)),
+            ((0, 3, 2, 2), (3, 2, 2)),
+            ((2, 0, 2, 2), (0, 2, 2)),
+            ((2, 3, 0, 2), (3, 0, 2)),
+            ((2, 3, 2, 0), (3, 2, 2)),
+        ),
+        symmetric=True,
+        raw="gauss_newton_block",
+        raw_arguments=lambda g, a: (g, a, None),
+    ),
+    Operator(
+        "gauss_newton_block(sign)",
+        tc.ops.gauss_newton_block,
+        _gauss_newton_block,
+        (
+            ((2, 2, 3, 2), (2, 3, 2), (2, 2)),
+            ((2, 3, 1, 4), (3, 1, 5), (2, 3)),
+            ((1, 2, 2, 2), (2, 2, 3), (1, 2)),
+            ((2, 1, 2, 3, 4), (3, 1, 2, 3, 2), (2, 1, 2)),
+            ((3, 600, 1, 9), (600, 1, 35), (3, 600)),
+            ((2, 35, 9, 12), (35, 9, 17), (2, 35)),
+        ),
+        symmetric=True,
+        raw="gauss_newton_block",
     ),
 ]

@@ -74,6 +74,13 @@ WRONG_SHAPES = {
     "kronecker_sum": ((3, 2, 2), (4, 3)),
     "kronecker_sum(a2)": ((3, 2, 2), (3, 3), (2, 3)),
     "kronecker_sum(symmetric)": ((3, 2, 3), (3, 3)),
+    "jacobian_norms": ((1, 3, 2, 4), (3, 1, 4)),
+    "jacobian_gram": ((1, 3, 2, 4), (4, 2, 4)),
+    "jacobian_gram(g2, a2)": ((1, 3, 2, 4), (3, 2, 4), (1, 3, 2, 5), (3, 2, 4)),
+    "gauss_newton_diagonal": ((1, 3, 2, 4), (4, 2, 4)),
+    "gauss_newton_diagonal(sign)": ((1, 3, 2, 4), (3, 2, 4), (2, 3)),
+    "gauss_newton_block": ((5, 1, 3, 2, 4), (2, 3, 2, 4)),
+    "gauss_newton_block(sign)": ((1, 3, 2, 4), (3, 2, 4), (1, 2)),
 }
 
 

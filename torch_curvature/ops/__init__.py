@@ -5,7 +5,19 @@ accumulation; any strides.
 """
 
 from .frobenius_inner import frobenius_inner
+from .gauss_newton_block import gauss_newton_block
+from .gauss_newton_diagonal import gauss_newton_diagonal
+from .jacobian_gram import jacobian_gram
+from .jacobian_norms import jacobian_norms
 from .kronecker_sum import kronecker_sum
 from .outer import outer
 
-__all__ = ["frobenius_inner", "kronecker_sum", "outer"]
+__all__ = [
+    "frobenius_inner",
+    "gauss_newton_block",
+    "gauss_newton_diagonal",
+    "jacobian_gram",
+    "jacobian_norms",
+    "kronecker_sum",
+    "outer",
+]
