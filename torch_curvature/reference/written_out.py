@@ -25,6 +25,11 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """`|x1[*, i] - x2[*, j]|_p`, `[*, P, M], [*, R, M] -> [*, P, R]`."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
+
+
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -78,6 +83,7 @@ def _max_or(rows: Tensor, empty: Tensor) -> Tensor:
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
+    torch.cdist: cdist,
     F.hardsigmoid: hardsigmoid,
     F.embedding_bag: embedding_bag,
 }
