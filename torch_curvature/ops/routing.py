@@ -115,11 +115,15 @@ def check_not_differentiated(op: str, *tensors: Tensor | None) -> None:
         )
 
 
+def _autocast_enabled(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...] | None:
     """Under autocast, where dtypes mix, the tensors in their common dtype; else nothing."""
     if not all(isinstance(t, Tensor) and t.dtype in FLOATING for t in tensors):
         return None
-    if not torch.is_autocast_enabled(tensors[0].device.type) or len({t.dtype for t in tensors}) == 1:
+    if len({t.dtype for t in tensors}) == 1 or not _autocast_enabled(tensors[0].device.type):
         return None
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
@@ -130,7 +134,7 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...] | None:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Operators compute in the precision of their inputs: inside, autocast does not lower a matrix product's."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def wide(tensor: Tensor) -> Tensor:
