@@ -195,6 +195,20 @@ def test_hessians_that_do_not_compose(shapes: tuple[tuple[int, ...], ...]) -> No
         tc.compose_hessian(torch.ones(2, 3), torch.ones(2, 3, 3), torch.ones(4, 3, 5), torch.ones(4, 3, 5, 5))
 
 
+def test_only_the_symmetric_part_of_a_hessian_enters() -> None:
+    j_l, h_l, j_n, h_n = (torch.randn(s, dtype=torch.float64) for s in ((2, 3), (2, 3, 3), (3, 4), (3, 4, 4)))
+    found = tc.compose_hessian(j_l, h_l, j_n, h_n)
+    truth = tc.compose_hessian(j_l, (h_l + h_l.mT) / 2, j_n, (h_n + h_n.mT) / 2)
+    for term, symmetric in zip(found, truth, strict=True):
+        close(term, symmetric)
+        assert torch.equal(term, term.mT)
+
+
+def test_a_jacobian_of_too_many_axes_is_refused_without_a_hessian_too() -> None:
+    with pytest.raises(ValueError, match=r"do not compose.*\(7, 2, 3\) and None"):
+        tc.compose_hessian(torch.ones(7, 2, 3), None, torch.ones(3, 5), torch.ones(3, 5, 5))
+
+
 def test_an_empty_chain() -> None:
     with pytest.raises(ValueError, match="at least one"):
         tc.compose()

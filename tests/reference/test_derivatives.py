@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from torch_curvature import reference
+from torch_curvature.reference import rows
 from torch_curvature.reference.evaluation import differentiable_forward
 
 
@@ -299,6 +300,22 @@ def test_a_hessian_that_is_not_symmetric_is_refused_by_the_parameter() -> None:
 
 
 BAGS = [(m, f) for m in ("sum", "mean", "max") for f in ("two axes", "offsets", "last offset")] + [("sum", "weighted")]
+
+
+def test_rows_that_vmap_has_wrong_are_found_and_done_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = rows._grad, []
+
+    def wrong_in_one_row(*arguments: Any, batched: bool) -> tuple[Tensor | None, ...]:
+        calls.append(batched)
+        found = right(*arguments, batched=batched)
+        if batched:
+            found[0][3] *= 1 + 1e-6
+        return found
+
+    monkeypatch.setattr(rows, "_grad", wrong_in_one_row)
+    a = torch.randn(5, 4)
+    assert torch.equal(reference.function_jacobian(lambda x: a @ x, torch.randn(4)), a)
+    assert calls == [True, False, *[False] * 5]
 
 
 @pytest.mark.parametrize(("mode", "form"), BAGS)

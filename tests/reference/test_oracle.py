@@ -99,7 +99,7 @@ def test_a_missing_second_derivative_is_refused_by_name(case: Case) -> None:
 
 
 def test_the_hessian_of_the_network_is_a_central_difference_of_its_jacobian() -> None:
-    for name in ("Tanh()", "LayerNorm", "LSTM", "weight_norm (parametrization)", "MultiheadAttention"):
+    for name in ("Tanh()", "LayerNorm", "LSTM", "weight_norm (parametrization)"):
         point = Point(next(c for c in CASES if c.name == name), seed=3)
 
         def jacobian(flat: Tensor, point: Point = point) -> Tensor:
