@@ -9,8 +9,7 @@ and all that is computed about a parameter is a contraction of ``a`` with ``g``.
 structure is the special case I = 1, a = 1: then ``g`` is the Jacobian itself.  No function here knows which
 layer, loss or matrix it works for.
 
-``jacobian_norms``, ``jacobian_gram``, ``gauss_newton_block`` and ``gauss_newton_diagonal`` take bare tensors, so
-that each can be served by a kernel with the same signature.
+The contractions themselves are operators on bare tensors (``ops``), each with its kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import kronecker_sum
+from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_gram, jacobian_norms
 
 # Elements of a temporary that stays in the second-level cache of one core (float32: 1 MiB).
 CACHE_ELEMENTS = 1 << 18
@@ -131,102 +130,15 @@ def samples_per_chunk(elements_per_sample: int, limit: int = CACHE_ELEMENTS) -> 
     return max(1, limit // max(1, elements_per_sample))
 
 
-def jacobian_norms(g: Tensor, a: Tensor) -> Tensor:
-    """Squared Frobenius norms of ``sum_s g[v,n,s] (x) a[n,s]``: [V,N,S,O], [N,S,I] -> [V,N].
-
-    S = 1: ``|g|^2 |a|^2``.  Otherwise the cheaper of ``sum_st (a_s . a_t)(g_s . g_t)`` and forming the sum.
-    """
-    V, N, S, O = g.shape
-    I = a.shape[2]
-    if S == 1:
-        return g.square().sum((2, 3)) * a.square().sum((1, 2))
-    out = g.new_empty(V, N)
-    gram_form = S * S * (V * O + I) < V * S * O * I
-    step = samples_per_chunk(S * S * 2 if gram_form else O * I)
-    for start in range(0, N, step):
-        chunk = slice(start, start + step)
-        an = a[chunk]
-        overlaps = torch.bmm(an, an.mT) if gram_form else None
-        for v in range(V):
-            gn = g[v, chunk]
-            if overlaps is not None:
-                out[v, chunk] = (torch.bmm(gn, gn.mT) * overlaps).sum((1, 2))
-            else:
-                out[v, chunk] = torch.bmm(gn.mT, an).square_().sum((1, 2))
-    return out
-
-
-def jacobian_gram(g: Tensor, a: Tensor, g2: Tensor | None = None, a2: Tensor | None = None) -> Tensor:
-    """Inner products of the Jacobians: [V,N,S,O], [N,S,I], [V2,N2,S2,O], [N2,S2,I] -> [V,N,V2,N2]."""
-    if g2 is None or a2 is None:
-        g2, a2 = g, a
-    (V, N, S, O), (V2, N2, S2, _), I = g.shape, g2.shape, a.shape[2]
-    if S == 1 and S2 == 1:
-        inner = g.reshape(V * N, O) @ g2.reshape(V2 * N2, O).T
-        overlap = a[:, 0] @ a2[:, 0].T
-        return inner.view(V, N, V2, N2).mul_(overlap[:, None, :])
-    pairwise = N * N2 * S * S2 * (I + V * V2 * (O + 1))
-    formed = (V * N * S + V2 * N2 * S2) * O * I + V * N * V2 * N2 * O * I
-    if formed <= pairwise or N * S * N2 * S2 > (1 << 24):
-        left = torch.matmul(g.mT, a).reshape(V * N, O * I)
-        right = left if g2 is g and a2 is a else torch.matmul(g2.mT, a2).reshape(V2 * N2, O * I)
-        return (left @ right.T).view(V, N, V2, N2)
-    overlap = (a.reshape(N * S, I) @ a2.reshape(N2 * S2, I).T).view(N, S, N2, S2)
-    out = g.new_empty(V, N, V2, N2)
-    for v in range(V):
-        for w in range(V2):
-            inner = (g[v].reshape(N * S, O) @ g2[w].reshape(N2 * S2, O).T).view(N, S, N2, S2)
-            out[v, :, w, :] = (inner * overlap).sum((1, 3))
-    return out
-
-
-def gauss_newton_diagonal(g: Tensor, a: Tensor) -> Tensor:
-    """``sum_vn J[v,n]^2`` elementwise: [V,N,S,O], [N,S,I] -> [O,I]."""
-    V, N, S, O = g.shape
-    I = a.shape[2]
-    if S == 1:
-        return g[:, :, 0].square().sum(0).T @ a[:, 0].square()
-    out = g.new_zeros(O, I)
-    step = samples_per_chunk(O * I)
-    for start in range(0, N, step):
-        an = a[start : start + step]
-        for v in range(V):
-            out += torch.bmm(g[v, start : start + step].mT, an).square_().sum(0)
-    return out
-
-
-def mirrored_gram(J: Tensor, weights: Tensor | None = None, tile: int = 1024) -> Tensor:
-    """``J^T diag(weights) J`` for J [M, P], symmetric to the bit; only tiles on and above the diagonal are computed."""
-    P = J.shape[1]
-    right = J if weights is None else J * weights[:, None]
-    out = J.new_empty(P, P)
-    for i in range(0, P, tile):
-        rows = slice(i, min(i + tile, P))
-        for j in range(i, P, tile):
-            columns = slice(j, min(j + tile, P))
-            torch.mm(J[:, rows].T, right[:, columns], out=out[rows, columns])
-            if i == j:
-                out[rows, columns] = mirror_upper(out[rows, columns])
-            else:
-                out[columns, rows] = out[rows, columns].T
-    return out
+def mirrored_gram(J: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``J^T diag(weights) J`` for J [M, P], symmetric to the bit; half the work of a matrix product."""
+    sign = None if weights is None else weights[None].to(J.dtype)
+    return gauss_newton_block(J[None, :, None, :], J.new_ones(1, 1, 1).expand(J.shape[0], 1, 1), sign)
 
 
 def mirror_upper(matrix: Tensor) -> Tensor:
     """The symmetric matrix with this upper triangle."""
     return torch.triu(matrix) + torch.triu(matrix, 1).T
-
-
-def gauss_newton_block(g: Tensor, a: Tensor) -> Tensor:
-    """``sum_vn vec J[v,n] vec J[v,n]^T``: [V,N,S,O], [N,S,I] -> [O*I, O*I], symmetric to the bit.
-
-    S = 1: ``sum_n B[n] (x) a[n] a[n]^T`` with ``B[n] = sum_v g g^T``; otherwise the rank-k update with chunks of J.
-    """
-    V, N, S, _ = g.shape
-    if S == 1:
-        B = activation_space_block(g, g)
-        return kronecker_sum(B, a[:, 0], symmetric=True)
-    return mirrored_gram(torch.matmul(g.mT, a).reshape(V * N, -1))
 
 
 def activation_space_block(g: Tensor, g2: Tensor, sign: Tensor | None = None) -> Tensor:
@@ -252,13 +164,7 @@ def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
         J = factor.jacobian()
         square = J.square() if sign is None else J.square() * sign[..., None]
         return factor.spread(square.sum((0, 1)), (0,)).reshape(factor.shape)
-    if sign is None:
-        out = gauss_newton_diagonal(factor.g, factor.a)
-    else:  # J^2 is a difference of sums over the columns of either sign; each sign's part has the same form
-        scale = sign.abs().sqrt()[..., None, None]
-        positive, negative = (sign > 0)[..., None, None], (sign < 0)[..., None, None]
-        out = gauss_newton_diagonal(factor.g * scale * positive, factor.a)
-        out -= gauss_newton_diagonal(factor.g * scale * negative, factor.a)
+    out = gauss_newton_diagonal(factor.g, factor.a, None if sign is None else sign.to(factor.g.dtype))
     return factor.spread((out.T if factor.transposed else out).reshape(-1), (0,)).reshape(factor.shape)
 
 

@@ -41,12 +41,36 @@ void by_pairs(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   });
 }
 
+// Where J is g itself, times a[n] (one position, one input): rows (n, v) first.. packed without a product.
+template <class T, class A>
+void copy_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth, A* packed) {
+  constexpr int64_t W = kCols<A>;
+  const JacobianSizes& s = J.size;
+  for (int64_t p = 0; p < panels<A>(s.O); ++p) {
+    A* to = packed + p * depth * W;
+    const T* from = J.g + p * W * J.go;
+    if (s.V == 1) {
+      pack_panel<T, A>(from + first * J.gn, count, J.gn, J.go, panel_width<A>(s.O, p), to);
+    } else {
+      for (int64_t k = 0; k < count; ++k)
+        pack_panel<T, A>(from + (first + k) % s.V * J.gv + (first + k) / s.V * J.gn, 1, 0, J.go, panel_width<A>(s.O, p),
+                         to + k * W);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const A scale = static_cast<A>(*J.a_at((first + k) / s.V));
+      if (scale == A(1)) continue;
+      for (int64_t c = 0; c < W; ++c) to[k * W + c] *= scale;
+    }
+  }
+}
+
 // Rows (n, v) first.. of J, of which `count`, packed as panels of columns (o, i): [panels][depth][kCols].
 template <class T, class A>
 void form_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth, A* packed) {
   constexpr int64_t W = kCols<A>;
   const JacobianSizes& s = J.size;
   const int64_t P = s.O * s.I;
+  if (s.S == 1 && s.I == 1) return copy_rows<T, A>(J, first, count, depth, packed);
   const auto product = tile_product<A>();
   Buffer<A> ap(panels<A>(s.I) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kRows * W);
   for (int64_t k = 0; k < count; ++k) {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Factor, diagonal, jacobian_chunks, mirror_upper, mirrored_gram, squared_norms
+from ..factors import Factor, diagonal, jacobian_chunks, mirrored_gram, squared_norms
 from .blocks import normalised
 
 
@@ -130,7 +130,7 @@ def _input_factor(factor: Factor, ones: bool) -> Tensor:
         return full
     if ones:
         flat = torch.cat([flat, flat.new_ones(flat.shape[0], 1)], 1)
-    return mirror_upper(flat.T @ flat)
+    return mirrored_gram(flat)
 
 
 def _output_factor(factor: Factor, sign: Tensor | None, working_bytes: int) -> Tensor:
@@ -142,7 +142,4 @@ def _output_factor(factor: Factor, sign: Tensor | None, working_bytes: int) -> T
         assert total is not None
         return total
     flat = factor.g.reshape(-1, factor.outputs)
-    if sign is None:
-        return mirror_upper(flat.T @ flat)
-    weights = sign[:, :, None].expand(factor.g.shape[:3]).reshape(-1, 1)
-    return mirror_upper(flat.T @ (flat * weights))
+    return mirrored_gram(flat, None if sign is None else sign[:, :, None].expand(factor.g.shape[:3]).reshape(-1))
