@@ -17,9 +17,8 @@ void kronecker_into(const Tensor& b, const Tensor& a, const std::optional<Tensor
     p.b = sb.data<T>(), p.b_batch = sb.batch, p.b_n = sb.core[0], p.b_o = sb.core[1], p.b_p = sb.core[2];
     p.a = sa.data<T>(), p.a_batch = sa.batch, p.a_n = sa.core[0], p.a_i = sa.core[1];
     p.a2 = sr.data<T>(), p.a2_batch = sr.batch, p.a2_n = sr.core[0], p.a2_j = sr.core[1];
-    p.out = static_cast<T*>(out.data_ptr());
-    p.batch = product(s.batch), p.O = s.O, p.O2 = s.O2, p.I = s.I, p.I2 = s.I2;
-    p.b_symmetric = symmetric, p.a_same = !a2;
+    p.batch = product(s.batch);
+    p.scatter = {static_cast<T*>(out.data_ptr()), s.O, s.O2, s.I, s.I2, symmetric, !a2};
     p = kronecker_problem(p, s.N);
     const Workspace<accumulate_t<T>> partial(b, tile_product_workspace(p));
     launch_kronecker_sum(p, partial.data(), here.stream());

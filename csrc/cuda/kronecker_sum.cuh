@@ -10,39 +10,17 @@
 
 namespace torch_curvature::cuda {
 
-template <class T_>
-struct KroneckerProblem {
-  using T = T_;
-  using A = accumulate_t<T>;
-  using Key = Pair;
-  static constexpr bool kMirrored = false;
-
-  const T *b, *a, *a2;
+// Where a product of the pairs (o, p) by (i, j) goes in G [B, O I, O2 I2].
+template <class T>
+struct KroneckerScatter {
   T* out;
   int64_t O, O2, I, I2;
   bool b_symmetric, a_same;
-  int64_t b_batch, b_n, b_o, b_p;  // strides, in elements
-  int64_t a_batch, a_n, a_i;
-  int64_t a2_batch, a2_n, a2_j;
-  int64_t batch, rows, cols, segments;
-  int depth;
 
-  __device__ Key row_key(int64_t r) const { return nth_pair(r, O2, b_symmetric); }
-  __device__ Key col_key(int64_t c) const { return nth_pair(c, I2, a_same); }
-  __device__ auto row_value(int64_t k, Key pair) const {
-    const T* p = b + k * b_batch + pair.first * b_o + pair.second * b_p;
-    return [p, step = b_n](int64_t, int n) -> A { return widen(__ldg(p + n * step)); };
-  }
-  __device__ auto col_value(int64_t k, Key pair) const {
-    const T *p = a + k * a_batch + pair.first * a_i, *q = a2 + k * a2_batch + pair.second * a2_j;
-    return [p, q, step = a_n, step2 = a2_n](int64_t, int n) -> A {
-      return widen(__ldg(p + n * step)) * widen(__ldg(q + n * step2));
-    };
-  }
   __device__ void put(int64_t k, int o, int i, int p, int j, T value) const {
     out[((k * O + o) * I + i) * (O2 * I2) + p * I2 + j] = value;
   }
-  __device__ void store(int64_t k, Key op, Key ij, A sum) const {
+  __device__ void store(int64_t k, Pair op, Pair ij, accumulate_t<T> sum) const {
     const int o = op.first, p = op.second, i = ij.first, j = ij.second;
     const T value = narrow<T>(sum);
     put(k, o, i, p, j, value);
@@ -54,10 +32,41 @@ struct KroneckerProblem {
   }
 };
 
+template <class T_>
+struct KroneckerProblem {
+  using T = T_;
+  using A = accumulate_t<T>;
+  using Key = Pair;
+  static constexpr bool kMirrored = false;
+
+  const T *b, *a, *a2;
+  KroneckerScatter<T> scatter;
+  int64_t b_batch, b_n, b_o, b_p;  // strides, in elements
+  int64_t a_batch, a_n, a_i;
+  int64_t a2_batch, a2_n, a2_j;
+  int64_t batch, rows, cols, segments;
+  int depth;
+
+  __device__ Key row_key(int64_t r) const { return nth_pair(r, scatter.O2, scatter.b_symmetric); }
+  __device__ Key col_key(int64_t c) const { return nth_pair(c, scatter.I2, scatter.a_same); }
+  __device__ auto row_value(int64_t k, Key pair) const {
+    const T* p = b + k * b_batch + pair.first * b_o + pair.second * b_p;
+    return [p, step = b_n](int64_t, int n) -> A { return widen(__ldg(p + n * step)); };
+  }
+  __device__ auto col_value(int64_t k, Key pair) const {
+    const T *p = a + k * a_batch + pair.first * a_i, *q = a2 + k * a2_batch + pair.second * a2_j;
+    return [p, q, step = a_n, step2 = a2_n](int64_t, int n) -> A {
+      return widen(__ldg(p + n * step)) * widen(__ldg(q + n * step2));
+    };
+  }
+  __device__ void store(int64_t k, Key op, Key ij, A sum) const { scatter.store(k, op, ij, sum); }
+};
+
 // Fills in what follows from the sizes. a_same: a2 is a. N = 0 gives zeros.
 template <class T>
 KroneckerProblem<T> kronecker_problem(KroneckerProblem<T> p, int64_t N) {
-  p.rows = count_pairs(p.O, p.O2, p.b_symmetric), p.cols = count_pairs(p.I, p.I2, p.a_same);
+  const auto& s = p.scatter;
+  p.rows = count_pairs(s.O, s.O2, s.b_symmetric), p.cols = count_pairs(s.I, s.I2, s.a_same);
   p.segments = 1, p.depth = static_cast<int>(N);
   return p;
 }

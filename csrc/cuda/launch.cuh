@@ -29,6 +29,7 @@ T& shared_storage() {
   return *reinterpret_cast<T*>(cuda_emulator::Engine::get().shared_memory(&cuda_emulator::shared_key<T>, sizeof(T)));
 }
 inline int64_t max_blocks() { return cuda_emulator::Engine::get().options.max_blocks; }
+inline int64_t max_workspace_bytes() { return cuda_emulator::Engine::get().options.max_workspace_bytes; }
 #else
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, A... args) {
@@ -46,6 +47,8 @@ __device__ __forceinline__ T& shared_storage() {
 }
 // Enough for any GPU to be full many times over; kernels stride over what is left.
 inline int64_t max_blocks() { return 1 << 20; }
+// What a kernel may ask for in one go; larger work is done piece by piece.
+inline int64_t max_workspace_bytes() { return 256 << 20; }
 #endif
 
 constexpr unsigned kFullWarp = 0xffffffffu;

@@ -63,7 +63,9 @@ __global__ void __launch_bounds__(kOuterThreads, 4)
         if (count == Width) {
           store_pack(out + e, result);
         } else {
-          for (int k = 0; k < count; ++k) out[e + k] = result.v[k];
+#pragma unroll
+          for (int k = 0; k < Width; ++k)
+            if (k < count) out[e + k] = result.v[k];
         }
       }
     }

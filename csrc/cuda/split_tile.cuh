@@ -101,6 +101,7 @@ struct SplitTile {
     for (int64_t left = slabs.last - slabs.first; left > 0; --left) {
       put(s.x, u), put(s.y, v);
       __syncthreads();
+      const int64_t present = segment;
       const bool segment_ends = slab + 1 == each;
       if (segment_ends) ++segment, slab = 0;
       else ++slab;
@@ -114,7 +115,7 @@ struct SplitTile {
       multiply_parts(a, b, c);
       if (segment_ends) {
         for_each_element([&](int i, int j, float& e) { acc[i][j] = e; }, c);
-        fold(acc);
+        fold(acc, present);
         for_each_element([&](int i, int j, float& e) { e = acc[i][j]; }, c);
       }
       __syncthreads();

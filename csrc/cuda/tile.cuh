@@ -56,7 +56,7 @@ struct SimtTile {
     }
   };
   // The thread fetches kFetch consecutive depths of one row: for operands that are contiguous along the depth.
-  // values(segment, k, r) fills r[0..3] with the values at k..k+3; those past the depth are zero.
+  // values(segment, k, depth, r) fills r[0..3] with the values at k..k+3; those past the depth are zero.
   template <class F>
   struct Along {
     F values;
@@ -64,7 +64,7 @@ struct SimtTile {
     static __device__ __forceinline__ int own_row() { return threadIdx.x / kQuads; }
     __device__ __forceinline__ void fetch(A (&r)[kFetch], int64_t segment, int k0, int depth) const {
       const int k = k0 + threadIdx.x % kQuads * kFetch;
-      values(segment, k, r);
+      values(segment, k, depth, r);
     }
     static __device__ __forceinline__ void put(A (&slab)[kDepth][kPitch], const A (&r)[kFetch]) {
 #pragma unroll
@@ -96,8 +96,8 @@ struct SimtTile {
     }
   }
 
-  // fold(acc) is called after the last slab of every segment. Ends with all threads past their last read of shared
-  // memory.
+  // fold(acc, segment) is called after the last slab of every segment. Ends with all threads past their last read of
+  // shared memory.
   template <class X, class Y, class Fold>
   static __device__ __forceinline__ void run(Shared& s, const X& x, const Y& y, const Slabs& slabs, Accumulators& acc,
                                              Fold fold) {
@@ -115,13 +115,14 @@ struct SimtTile {
     X::put(s.x[0], u), Y::put(s.y[0], v);
     for (int64_t left = slabs.last - slabs.first; left > 0; --left) {
       __syncthreads();
+      const int64_t present = segment;
       const bool segment_ends = slab + 1 == each;
       if (segment_ends) ++segment, slab = 0;
       else ++slab;
       const bool more = left > 1;
       if (more) fetch();
       multiply(s.x[buffer], s.y[buffer], acc);
-      if (segment_ends) fold(acc);
+      if (segment_ends) fold(acc, present);
       if (more) {
         buffer ^= 1;
         X::put(s.x[buffer], u), Y::put(s.y[buffer], v);

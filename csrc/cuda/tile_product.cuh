@@ -12,34 +12,11 @@
 // Where the tiles are too few to fill a GPU the depth is split among blocks; their sums go through `partial` to a
 // second kernel that adds them in order. Every result is computed in one order of summation, whoever computes it.
 #pragma once
-#include <cmath>
-
+#include "pairs.cuh"
 #include "split_tile.cuh"
 #include "tile.cuh"
 
 namespace torch_curvature::cuda {
-
-struct Pair {
-  int first, second;
-};
-
-// The t-th pair (i, j), i >= j >= 0, in order of i, then j.
-__host__ __device__ inline void triangle(int64_t t, int64_t& i, int64_t& j) {
-  i = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(t) + 1.0) - 1.0) * 0.5);
-  while (i * (i + 1) / 2 > t) --i;
-  while ((i + 1) * (i + 2) / 2 <= t) ++i;
-  j = t - i * (i + 1) / 2;
-}
-// Pairs of `first` by `second` things; `packed`: unordered pairs of one set.
-__device__ __forceinline__ Pair nth_pair(int64_t t, int64_t second, bool packed) {
-  int64_t i, j;
-  if (packed) triangle(t, i, j);
-  else i = t / second, j = t - i * second;
-  return {static_cast<int>(i), static_cast<int>(j)};
-}
-__host__ __device__ constexpr int64_t count_pairs(int64_t first, int64_t second, bool packed) {
-  return packed ? first * (first + 1) / 2 : first * second;
-}
 
 struct TilePlan {
   int64_t row_tiles, col_tiles, tiles;  // tiles of one batch entry that are computed
@@ -94,7 +71,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
     const auto y = Tile::across(p.col_value(b, s.col[Tile::template Across<int>::own_row()]));
     typename Tile::Accumulators acc = {};
     const Slabs share{plan.slabs * split / plan.splits, plan.slabs * (split + 1) / plan.splits, p.depth};
-    Tile::run(s.operands, x, y, share, acc, [](auto&) {});
+    Tile::run(s.operands, x, y, share, acc, [](auto&, int64_t) {});
 
     const int64_t rows_left = p.rows - s.row0, cols_left = p.cols - s.col0;
     const bool diagonal = Problem::kMirrored && s.row0 == s.col0;

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda run on the CPU. A fast set by default; every shape, schedule, sanitizer and mutant with --full."""
+"""The kernels of csrc/cuda run on the CPU. A fast set by default; all of it with --full."""
 
 from __future__ import annotations
 

@@ -29,6 +29,12 @@ VARIANTS = {
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-fsanitize=thread"],
 }
+TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "__nv_bfloat16",
+    torch.float16: "__half",
+}
 # A failed case ends the process at once, with the sanitizer's report on stderr.
 SANITIZER_ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:exitcode=66",
@@ -82,13 +88,24 @@ def unavailable() -> str | None:
 
 
 class Emulator:
-    def __init__(self, variant: str = "plain", operators: list[str] | None = None, kernels: Path = KERNELS):
+    """One driver: of all operators and dtypes by default; of one operator and dtype, and of kernels elsewhere, for
+    mutants."""
+
+    def __init__(
+        self,
+        variant: str = "plain",
+        operator: str | None = None,
+        dtype: torch.dtype | None = None,
+        kernels: Path = KERNELS,
+    ):
         self.variant = variant
-        names = sorted(p.stem for p in (HERE / "cases").glob("*.cpp")) if operators is None else operators
-        sources = [HERE / "cases" / f"{name}.cpp" for name in names]
-        sources += [HERE / "emulator" / "engine.cpp", HERE / "emulator" / "driver.cpp"]
-        flags = [*COMMON, *VARIANTS[variant], "-DTORCH_CURVATURE_EMULATOR", f"-I{kernels}", f"-I{HERE / 'emulator'}"]
-        self.program = build(sources, flags)
+        names = sorted(p.stem for p in (HERE / "cases").glob("*.cpp")) if operator is None else [operator]
+        flags = [*COMMON, *VARIANTS[variant], f"-I{HERE / 'emulator'}"]
+        own = [*flags, "-DTORCH_CURVATURE_EMULATOR", f"-I{kernels}"]
+        if dtype is not None:
+            own.append(f"-DEMULATOR_ONLY_TYPE={TYPES[dtype]}")
+        sources = [(HERE / "cases" / f"{name}.cpp", own) for name in names]
+        self.program = build([*sources, *((HERE / "emulator" / f, flags) for f in ("engine.cpp", "driver.cpp"))])
 
     def run(self, cases: list[Case], **options: object) -> list[list[torch.Tensor]]:
         """The buffers of every case after its launch, as flat tensors. Options: order=forward|reverse|<seed>,
@@ -153,18 +170,17 @@ def compile_object(source: Path, flags: list[str]) -> Path:
     return target
 
 
-def build(sources: list[Path], flags: list[str]) -> Path:
+def build(sources: list[tuple[Path, list[str]]]) -> Path:
     CACHE.mkdir(exist_ok=True)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        objects = list(pool.map(lambda source: compile_object(source, flags), sources))
+        objects = list(pool.map(lambda source: compile_object(*source), sources))
     key = hashlib.sha256("".join(digest(o) for o in objects).encode()).hexdigest()[:16]
     program = CACHE / f"driver-{key}"
     if not program.exists():
         partial = program.with_suffix(f".{os.getpid()}")
-        sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
-        done = subprocess.run(
-            [COMPILER, *sanitize, *map(str, objects), "-o", str(partial)], capture_output=True, text=True
-        )
+        sanitize = [flag for flag in sources[0][1] if flag.startswith("-fsanitize")]
+        command = [COMPILER, *sanitize, *map(str, objects), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EmulationError(done.stderr[-6000:])
         partial.rename(program)

@@ -4,6 +4,7 @@ transposed and broadcast operands, empty axes. `cases(operator, seed, quick)` dr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -141,7 +142,183 @@ def kronecker_sum(g: torch.Generator, quick: bool) -> Iterator[Check]:
         yield kronecker_check(draw(1, 600, 3, 2), draw(1, 600, 5), None, False, 1)  # few tiles: the depth is split
 
 
-GENERATORS = {f.__name__: f for f in (outer, frobenius_inner, kronecker_sum)}
+@dataclass
+class Layer:
+    """g [V, N, S, O], a [N, S, I] with their last axes contiguous, and the Jacobians they stand for."""
+
+    g: torch.Tensor
+    a: torch.Tensor
+
+    @property
+    def integers(self) -> list[int]:
+        (V, N, S, O), I = self.g.shape, self.a.shape[2]
+        return [V, N, S, O, I, *self.g.stride()[:3], *self.a.stride()[:2]]
+
+    @property
+    def jacobian(self) -> torch.Tensor:  # [V, N, O I]
+        return torch.einsum("vnso,nsi->vnoi", self.g.double(), self.a.double()).flatten(2)
+
+    @property
+    def squares(self) -> torch.Tensor:  # of the terms of each sum over s, summed
+        return torch.einsum("vnso,nsi->vnoi", self.g.double() ** 2, self.a.double() ** 2).flatten(2)
+
+
+def layer(g: torch.Generator, V: int, N: int, S: int, O: int, I: int, dtype: torch.dtype, pad: int = 0) -> Layer:
+    """`pad`: rows are that much longer in memory, so that no two are aligned alike."""
+    return Layer(randn(g, V, N, S, O + pad, dtype=dtype)[..., :O], randn(g, N, S, I + pad, dtype=dtype)[..., :I])
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def norms_check(x: Layer) -> Check:
+    dtype = x.g.dtype
+    want = x.jacobian.square().sum(2)
+    # J is off by at most its own rounding, twice; what is left is a sum of squares.
+    slack = (x.squares.sum(2) * x.jacobian.square().sum(2)).sqrt() + x.squares.sum(2)
+    terms = x.g.shape[2] + x.g.shape[3] * x.a.shape[2]
+    bound = error_bound(dtype, want, slack, terms)
+    case = Case("jacobian_norms", dtype, x.integers, [storage(x.g), storage(x.a), poisoned(want.numel(), dtype)])
+    return Check(case, 2, want, bound)
+
+
+def gram_check(x: Layer, y: Layer | None, add: bool, generator: torch.Generator) -> Check:
+    right, dtype = (x if y is None else y), x.g.dtype
+    left_rows, right_rows = x.jacobian.flatten(0, 1), right.jacobian.flatten(0, 1)
+    want = left_rows @ right_rows.T
+    # Cauchy-Schwarz over o, i of the terms' squares
+    slack = x.squares.sum(2).flatten()[:, None].sqrt() * right.squares.sum(2).flatten()[None, :].sqrt()
+    start = poisoned(want.numel(), dtype)
+    if add:
+        start = randn(generator, *want.shape, dtype=dtype)
+        start = (start + start.T).flatten() if y is None else start.flatten()
+        want, slack = want + start.double().reshape(want.shape), slack + start.double().reshape(want.shape).abs()
+    terms = x.g.shape[2] * right.g.shape[2] + x.g.shape[3] * x.a.shape[2]
+    bound = error_bound(dtype, want, slack, terms, split=is_half(dtype))
+    buffers = [storage(x.g), storage(x.a), storage(right.g), storage(right.a), start]
+    case = Case("jacobian_gram", dtype, [*x.integers, *right.integers, int(y is None), int(add)], buffers)
+    index = torch.arange(want.numel()).reshape(want.shape)
+    return Check(case, 4, want, bound, index.mT.flatten() if y is None else None)
+
+
+def draw_signs(g: torch.Generator, x: Layer) -> torch.Tensor:
+    return torch.randint(0, 2, x.g.shape[:2], generator=g).mul(2).sub(1).to(x.g.dtype)
+
+
+def block_check(x: Layer, sign: torch.Tensor | None) -> Check:
+    dtype, J = x.g.dtype, x.jacobian.flatten(0, 1)
+    weights = torch.ones(J.shape[0], dtype=torch.float64) if sign is None else sign.double().flatten()
+    want = (J * weights[:, None]).T @ J
+    root = x.squares.sqrt().flatten(0, 1) + J.abs()
+    slack = (root.square().T @ root.square()).sqrt()
+    V, N, S = x.g.shape[:3]
+    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
+    buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
+    case = Case(
+        "gauss_newton_block", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
+    )
+    return Check(case, 3, want, bound, torch.arange(want.numel()).reshape(want.shape).mT.flatten())
+
+
+def diagonal_check(x: Layer, sign: torch.Tensor | None) -> Check:
+    dtype, J = x.g.dtype, x.jacobian
+    weights = torch.ones(J.shape[:2], dtype=torch.float64) if sign is None else sign.double()
+    want = torch.einsum("vn,vnk->k", weights, J.square())
+    root = x.squares.sqrt() + J.abs()
+    slack = root.pow(4).sum((0, 1)).sqrt()
+    V, N, S = x.g.shape[:3]
+    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
+    buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
+    case = Case(
+        "gauss_newton_diagonal", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
+    )
+    return Check(case, 3, want, bound)
+
+
+# V, N, S, O, I: no shared positions; a few; about a tile of them; more, with either form the cheaper
+LAYERS = [
+    (1, 1, 1, 1, 1),
+    (3, 5, 1, 7, 9),
+    (2, 70, 1, 16, 24),
+    (2, 5, 3, 8, 16),
+    (3, 4, 5, 13, 11),
+    (1, 3, 40, 24, 8),
+    (2, 2, 70, 9, 5),
+    (1, 2, 9, 70, 67),
+    (1, 2, 2, 130, 20),
+    (2, 3, 0, 4, 5),
+    (2, 0, 3, 4, 5),
+    (0, 3, 1, 4, 5),
+    (1, 2, 3, 0, 4),
+]
+MORE_LAYERS = [(1, 2, 130, 200, 40), (2, 140, 1, 40, 9), (4, 9, 17, 33, 65), (1, 4, 66, 130, 72)]
+
+
+# V, N, S of two layers
+GRAM_PAIRS = [
+    ((2, 5, 3), (3, 4, 7)),
+    ((1, 70, 1), (2, 9, 1)),
+    ((2, 3, 2), (1, 3, 70)),
+    ((1, 3, 80), (2, 2, 5)),
+]
+
+
+def draw_layers(g: torch.Generator, quick: bool) -> Iterator[Layer]:
+    for dtype in DTYPES:
+        for shape in LAYERS if quick else LAYERS + MORE_LAYERS:
+            yield layer(g, *shape, dtype=dtype)
+        yield layer(g, 2, 6, 3, 8, 16, dtype=dtype, pad=1)
+        yield layer(g, 2, 6, 1, 8, 16, dtype=dtype, pad=3)
+
+
+def jacobian_norms(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    for x in draw_layers(g, quick):
+        yield norms_check(x)
+
+
+def jacobian_gram(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    for number, x in enumerate(draw_layers(g, quick)):
+        yield gram_check(x, None, number % 3 == 0, g)
+    for dtype in DTYPES:
+        for left, right in [
+            ((2, 5, 3), (3, 4, 7)),
+            ((1, 70, 1), (2, 9, 1)),
+            ((2, 3, 2), (1, 3, 70)),
+            ((1, 3, 80), (2, 2, 5)),
+        ]:
+            for O, I in [(8, 16), (5, 3)]:
+                yield gram_check(layer(g, *left, O, I, dtype), layer(g, *right, O, I, dtype, pad=1), O == 5, g)
+
+
+def gauss_newton_block(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    for number, x in enumerate(draw_layers(g, quick)):
+        if x.g.shape[3] * x.a.shape[2] <= 1000:
+            yield block_check(x, draw_signs(g, x) if number % 2 else None)
+    for dtype in DTYPES:
+        x = layer(g, 20, 9, 1, 6, 5, dtype)  # many columns
+        yield block_check(x, None)
+        yield block_check(x, draw_signs(g, x))
+        yield block_check(layer(g, 2, 300, 2, 3, 2, dtype), None)  # few tiles: the depth is split
+
+
+def gauss_newton_diagonal(g: torch.Generator, quick: bool) -> Iterator[Check]:
+    for number, x in enumerate(draw_layers(g, quick)):
+        yield diagonal_check(x, draw_signs(g, x) if number % 2 else None)
+
+
+GENERATORS = {
+    f.__name__: f
+    for f in (
+        outer,
+        frobenius_inner,
+        kronecker_sum,
+        jacobian_norms,
+        jacobian_gram,
+        gauss_newton_block,
+        gauss_newton_diagonal,
+    )
+}
 
 
 def cases(operator: str, seed: int = 0, quick: bool = True) -> list[Check]:

@@ -7,7 +7,7 @@ from .checks import verify_all
 
 SCHEDULES = [
     {"order": "forward", "copies": "lazy"},
-    {"order": "reverse", "copies": "eager"},
+    {"order": "reverse", "copies": "eager", "workspace": 4096},  # little memory: sums go piece by piece
     {"order": "1234", "copies": "lazy", "max_blocks": 3},  # few blocks: grid-stride loops go round
 ]
 

@@ -7,8 +7,8 @@ static cuda_emulator::Register kronecker_sum("kronecker_sum", [](const cuda_emul
     using T = std::remove_pointer_t<decltype(type)>;
     using namespace torch_curvature::cuda;
     KroneckerProblem<T> p{};
-    p.b = c.buffer<T>(0), p.a = c.buffer<T>(1), p.a2 = c.buffer<T>(2), p.out = c.buffer<T>(3);
-    p.batch = c[0], p.O = c[2], p.O2 = c[3], p.I = c[4], p.I2 = c[5], p.b_symmetric = c[6], p.a_same = c[7];
+    p.b = c.buffer<T>(0), p.a = c.buffer<T>(1), p.a2 = c.buffer<T>(2), p.batch = c[0];
+    p.scatter = {c.buffer<T>(3), c[2], c[3], c[4], c[5], c[6] != 0, c[7] != 0};
     p.b_batch = c[8], p.b_n = c[9], p.b_o = c[10], p.b_p = c[11];
     p.a_batch = c[12], p.a_n = c[13], p.a_i = c[14];
     p.a2_batch = c[15], p.a2_n = c[16], p.a2_j = c[17];

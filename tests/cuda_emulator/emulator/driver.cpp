@@ -95,6 +95,8 @@ void read_options(int argc, char** argv) {
       o.lazy_copies = value == "lazy";
     } else if (word.starts_with("max_blocks=")) {
       o.max_blocks = std::stoll(value);
+    } else if (word.starts_with("workspace=")) {
+      o.max_workspace_bytes = std::stoll(value);
     } else {
       throw std::runtime_error("unknown option " + word);
     }

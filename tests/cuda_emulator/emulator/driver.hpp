@@ -41,10 +41,15 @@ struct Register {
 // Calls f with a null pointer of the case's element type.
 template <class F>
 void dispatch(const Case& c, F f) {
+#ifdef EMULATOR_ONLY_TYPE  // one instantiation, compiled in a quarter of the time
+  (void)c;
+  f(static_cast<EMULATOR_ONLY_TYPE*>(nullptr));
+#else
   if (c.dtype == "float32") f(static_cast<float*>(nullptr));
   else if (c.dtype == "float64") f(static_cast<double*>(nullptr));
   else if (c.dtype == "bfloat16") f(static_cast<__nv_bfloat16*>(nullptr));
   else if (c.dtype == "float16") f(static_cast<__half*>(nullptr));
   else throw std::runtime_error("unknown dtype " + c.dtype);
+#endif
 }
 }  // namespace cuda_emulator

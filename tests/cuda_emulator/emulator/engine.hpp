@@ -31,6 +31,7 @@ struct Options {
   uint64_t seed = 1;
   bool lazy_copies = true;       // an asynchronous copy lands when it is waited for; else at once
   int64_t max_blocks = 1 << 20;  // what grid_blocks() caps a grid at, so that few blocks exercise grid-stride loops
+  int64_t max_workspace_bytes = 256 << 20;
   int64_t first_block = 0, last_block = INT64_MAX;
 };
 
