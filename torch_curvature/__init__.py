@@ -22,7 +22,7 @@ from . import ops, reference
 from .composition import compose, compose_hessian, compose_jacobian
 from .layers import Use, register_rule
 from .matching import MatchingLoss, is_matching, softmax_jacobian
-from .matrices import EmpiricalFisher, Fisher, GaussNewton, Jacobian
+from .matrices import EmpiricalFisher, Fisher, GaussNewton, Hessian, Jacobian, Residual
 from .products import frobenius_inner, inner, outer, tensor_product
 from .tracking import track
 
@@ -30,8 +30,10 @@ __all__ = [
     "EmpiricalFisher",
     "Fisher",
     "GaussNewton",
+    "Hessian",
     "Jacobian",
     "MatchingLoss",
+    "Residual",
     "Use",
     "compose",
     "compose_hessian",

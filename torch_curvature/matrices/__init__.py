@@ -1,6 +1,7 @@
-"""The matrices: Jacobian, Gauss-Newton, Fisher and gradient second moment, each in every representation."""
+"""The matrices: Jacobian, Gauss-Newton, Fisher, gradient second moment, Hessian, in every representation."""
 
 from .gauss_newton import EmpiricalFisher, Fisher, GaussNewton
+from .hessian import Hessian, Residual
 from .jacobian import Jacobian
 
-__all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "Jacobian"]
+__all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "Hessian", "Jacobian", "Residual"]

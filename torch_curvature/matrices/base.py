@@ -15,6 +15,7 @@ from ..backprop import Backpropagation
 from ..capture import Capture, capture, trainable_parameters, unwrapped
 from ..factors import Factor
 from ..plan import coverage, working_dtype
+from ..recorder import Recorder
 from ..tangents import push_forward
 from .data import Batches, Forward, inputs_forward, pair_forward
 from .memory import Budget
@@ -89,6 +90,10 @@ class Matrix(abc.ABC):
     def _columns(self, batch: Batch, limit: int) -> Columns:
         """Columns of one batch, at most ``limit`` at once."""
 
+    def _recorder(self) -> Recorder:
+        """What observes a pass."""
+        return Recorder(self.parameters)
+
     def _sweep(self, what: str, tangents: dict[str, Tensor] | None = None) -> Iterator[Batch]:
         """Observe batch after batch; after the last, ``self._denominator`` is what results must be divided by.
 
@@ -101,7 +106,7 @@ class Matrix(abc.ABC):
         for batch in self.batches.read(f"{self.title}.{what}"):
             backpropagation, tangent = None, None
             if tangents is None:
-                captured = capture(self.model, self.forward, batch, self.parameters)
+                captured = capture(self.model, self.forward, batch, self.parameters, self._recorder())
                 backpropagation = Backpropagation(self.model, self.parameters, captured, self.forward)
                 if backpropagation.plan not in self._plans:
                     self._plans.append(backpropagation.plan)

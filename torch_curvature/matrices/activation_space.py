@@ -1,0 +1,195 @@
+"""Blocks of the Hessian of one batch: which parameters stay in activation space, and their pairs.
+
+The others are multiplied out: one Hessian-vector product for each of their entries, exact for any parameter.  A pair of
+one of either kind comes out of the latter's products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan import TOLERANCE
+from ..second_order import Node, SecondOrder
+from .expansion import SymmetricSum, pair_block
+
+
+class Contributions:
+    """Adds one batch to the blocks of groups of parameters.
+
+    Args:
+        second: the batch.
+        curved: with the Gauss-Newton part (the Hessian), or without (the residual).
+        columns: of the loss, [V, N, *out] and sign, where the Gauss-Newton part is taken from them; None where it
+            comes out of the second-order passes.
+    """
+
+    def __init__(
+        self, second: SecondOrder, curved: bool, columns: Sequence[tuple[Tensor, Tensor | None]] | None
+    ) -> None:
+        self.second = second
+        self.curved = curved
+        self.columns = columns
+        self._arrived: dict[int, Tensor] | None = None
+        self._signs: Tensor | None = None
+
+    def add(self, group: SymmetricSum, distrusted: bool) -> bool:
+        """Add the batch to a group; True where terms between layers took part, which the caller may want checked."""
+        nodes = [] if distrusted else chosen_nodes(self.second, group.names)
+        self._add_pairs(group, nodes)
+        inside = {node.name for node in nodes}
+        self._add_products(group, [n for n in group.names if n not in inside])
+        return len({node.edge for node in nodes}) > 1
+
+    # ------------------------------------------------------------------ activation space
+
+    def _add_pairs(self, group: SymmetricSum, nodes: list[Node]) -> None:
+        edges = sorted({node.edge for node in nodes})
+        at = {edge: [node for node in nodes if node.edge == edge] for edge in edges}
+        for place, edge in enumerate(edges):
+            before = edges[:place]
+            M = self._hessians(edge, edges[: place + 1])
+            g = self.second.gradient(edge)
+            for later in at[edge]:
+                inputs = self.second.input_derivatives(later, before)
+                own = None
+                if inputs and g is not None:
+                    own = self.second.through_rule(later, self.second.read(edge, g))[0]
+                for other in edges[: place + 1]:
+                    for earlier in at[other]:
+                        if other == edge and earlier.index > later.index:
+                            continue
+                        cross = None
+                        if own is not None and other in inputs:
+                            cross = own, self._right(earlier, inputs[other])
+                        block = pair_block(later, earlier, self.both(later, earlier, M.get(other)), cross)
+                        if block is not None:
+                            group.add_uses(later, earlier, block)
+
+    def both(self, later: Node, earlier: Node, M: Tensor | None) -> Tensor | None:
+        """[N, Z_m, Z_l] through both rules."""
+        if M is None:
+            return None
+        M = self._right(earlier, M)
+        return M if later.plain else self._right(later, M.mT).mT
+
+    def _right(self, node: Node, M: Tensor) -> Tensor:
+        """[N, K, Z] with the last axis through a rule: [N, K, (s, o)]."""
+        if node.plain:
+            return M
+        return self.second.through_rule(node, M.transpose(0, 1)).flatten(2).transpose(0, 1)
+
+    def _hessians(self, edge: int, others: list[int]) -> dict[int, Tensor]:
+        found = self.second.hessians(edge, others, self.curved and self.columns is None)
+        if not self.curved or self.columns is None:
+            return found
+        arrived = self._columns_at()
+        if edge in arrived:
+            left = arrived[edge] if self._signs is None else arrived[edge] * self._signs.unsqueeze(-1)
+            for other in others:
+                if other in arrived:
+                    B = torch.bmm(left.permute(1, 2, 0), arrived[other].transpose(0, 1))
+                    found[other] = B if other not in found else found[other] + B
+        return found
+
+    def _columns_at(self) -> dict[int, Tensor]:
+        """{edge: [V, N, Z]} of the loss's columns."""
+        if self._arrived is None:
+            assert self.columns is not None
+            chunks = [self.second.pass_.to_edges(columns) for columns, _ in self.columns]
+            self._arrived = {}
+            for edge in self.second.edges:
+                found = [chunk[edge] for chunk in chunks]
+                parts = [self.second.read(edge, d) for d in found if d is not None]
+                if parts:
+                    self._arrived[edge] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            signs = [sign for _, sign in self.columns]
+            if any(sign is not None for sign in signs):
+                self._signs = torch.cat(
+                    [c.new_ones(c.shape[:2]) if s is None else s.to(c.dtype) for c, s in self.columns]
+                )
+        return self._arrived
+
+    # ------------------------------------------------------------------ products
+
+    def _add_products(self, group: SymmetricSum, names: list[str]) -> None:
+        """Rows of the parameters ``names`` against all of the group, by Hessian-vector products."""
+        done: set[str] = set()
+        for name in names:
+            columns = [n for n in group.names if n not in done]
+            rows = unit_products(self.second, name, columns, self.curved)
+            if rows is not None:
+                for column, block in rows.items():
+                    group.add(name, column, block)
+            done.add(name)
+
+
+def unit_products(second: SecondOrder, name: str, columns: list[str], curved: bool) -> dict[str, Tensor] | None:
+    """{column: [p, p_column]}: all rows of one parameter, None where the outputs do not depend on it."""
+    if name in second.pass_.plan.unused:
+        return None
+    p = second.parameters[name]
+    step = second.columns_at_once(sum(second.parameters[n].numel() for n in columns))
+    parts: dict[str, list[Tensor]] = {n: [] for n in columns}
+    for start in range(0, p.numel(), step):
+        stop = min(p.numel(), start + step)
+        unit = torch.zeros(stop - start, p.numel(), dtype=p.dtype, device=p.device)
+        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        for column, rows in second.products({name: unit.view(-1, *p.shape)}, columns, curved).items():
+            parts[column].append(rows)
+    return {n: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for n, pieces in parts.items()}
+
+
+def chosen_nodes(second: SecondOrder, names: Sequence[str]) -> list[Node]:
+    """Uses of the parameters of a group that stay in activation space, in order of execution.
+
+    Decided by counted passes through the network: one for each entry of ``z`` per sample (second order, about three
+    times a plain one) and, where there are several layers, one for each entry of ``a``; against one Hessian-vector
+    product (about four) for each entry of the parameter.  The rule must not depend on parameters: only then does
+    ``a`` hold all that the layer's Jacobian changes by (a parameter alone, used once, is free of this).
+    """
+    closed = {n: second.pass_.plan.closed[n] for n in names if n in second.pass_.plan.closed}
+    uses = second.captured.record.uses
+    several = len({uses[i].edge for indices in closed.values() for i in indices}) > 1
+    seeded: set[int] = set()
+    kept: dict[str, list[int]] = {}
+    with_input = sorted(closed, key=lambda n: uses[closed[n][0]].use.activation is None)
+    for name in with_input:
+        indices = closed[name]
+        passes = 3 * sum(second.width(e) for e in {uses[i].edge for i in indices} - seeded)
+        if several:
+            passes += sum(_input_width(second, i) for i in indices)
+        if not within_cost(passes, 4 * second.parameters[name].numel()):
+            continue
+        if several and not all(second.node(i).steady for i in indices):
+            continue
+        if not _fits(second, seeded | {uses[i].edge for i in indices}):
+            continue
+        kept[name] = indices
+        seeded |= {uses[i].edge for i in indices}
+    return sorted((second.node(i) for indices in kept.values() for i in indices), key=lambda node: node.index)
+
+
+def within_cost(passes: int, products: int) -> bool:
+    return passes <= products
+
+
+def _input_width(second: SecondOrder, index: int) -> int:
+    """Entries of ``a`` that belong to one sample."""
+    a = second.node(index).a
+    return 0 if a is None or second.node(index).rows is not None else a.shape[1] * a.shape[2]
+
+
+def _fits(second: SecondOrder, edges: set[int]) -> bool:
+    """Whether the second derivatives of one layer against all others can be held."""
+    widths = [second.width(e) for e in edges]
+    size = second.captured.outputs.element_size()
+    return second.captured.samples * max(widths) * sum(widths) * size <= second.limit
+
+
+def agrees(ours: Tensor, truth: Tensor, norm: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to one product agree, for a matrix of this Frobenius norm."""
+    floor = 1e-2 * norm * (truth.numel() ** -0.5)
+    return bool((ours - truth).norm() <= TOLERANCE[dtype] * torch.maximum(truth.norm(), floor.to(truth.dtype)))
