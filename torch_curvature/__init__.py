@@ -22,7 +22,7 @@ from . import ops, reference
 from .composition import compose, compose_hessian, compose_jacobian
 from .layers import Use, register_rule
 from .matching import MatchingLoss, is_matching, softmax_jacobian
-from .matrices import EmpiricalFisher, Fisher, GaussNewton, Hessian, Jacobian, Residual
+from .matrices import EmpiricalFisher, Fisher, GaussNewton, Hessian, HessianSplit, Jacobian, Residual, hessian_split
 from .products import frobenius_inner, inner, outer, tensor_product
 from .tracking import track
 
@@ -31,6 +31,7 @@ __all__ = [
     "Fisher",
     "GaussNewton",
     "Hessian",
+    "HessianSplit",
     "Jacobian",
     "MatchingLoss",
     "Residual",
@@ -39,6 +40,7 @@ __all__ = [
     "compose_hessian",
     "compose_jacobian",
     "frobenius_inner",
+    "hessian_split",
     "inner",
     "is_matching",
     "ops",

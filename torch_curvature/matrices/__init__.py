@@ -3,5 +3,15 @@
 from .gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from .hessian import Hessian, Residual
 from .jacobian import Jacobian
+from .split import HessianSplit, hessian_split
 
-__all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "Hessian", "Jacobian", "Residual"]
+__all__ = [
+    "EmpiricalFisher",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "HessianSplit",
+    "Jacobian",
+    "Residual",
+    "hessian_split",
+]

@@ -158,13 +158,13 @@ class SecondOrderMatrix(Matrix):
             self._add_blocks(batch, second, self.curved, sums)
         return normalised({key: group.finish() for key, group in sums.items()}, self._denominator)
 
-    def _require(self, groups: dict[str, list[str]], what: str) -> None:
+    def _require(self, groups: dict[str, list[str]], what: str, matrices: int = 1) -> None:
         largest = max(groups, key=lambda g: self._size(groups[g]))
         side = self._size(groups[largest])
         self.budget.require(
-            sum(self._size(names) ** 2 for names in groups.values()),
+            matrices * sum(self._size(names) ** 2 for names in groups.values()),
             self.dtype.itemsize,
-            f"{self.title}.{what}(): {len(groups)} block(s), the largest {side} x {side}"
+            f"{self.title}.{what}(): {matrices * len(groups)} block(s), the largest {side} x {side}"
             + (f" ({largest!r})," if len(groups) > 1 else ","),
             "use diagonal() or products with @, freeze parameters, or raise memory_budget (GiB)",
         )
