@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "reference": set(),
     "products": {"ops"},
     "composition": {"ops", "products"},
-    "matching": {"ops"},
+    "integration": set(),
+    "matching": {"integration", "products", "ops"},
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 

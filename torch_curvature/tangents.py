@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .backprop import Backpropagation
-from .capture import Capture, capture
+from .capture import Capture, capture, observation
 from .plan import working_dtype
 from .recorder import Recorder
 
@@ -46,7 +46,7 @@ def push_forward(
 ) -> tuple[Capture, Tensor]:
     """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
     try:
-        with forward_ad.dual_level():
+        with observation(model), forward_ad.dual_level():
             captured = capture(model, forward, batch, parameters, TangentRecorder(parameters, tangents))
             captured.outputs, tangent = forward_ad.unpack_dual(captured.outputs)
             tangent = torch.zeros_like(captured.outputs) if tangent is None else tangent.detach()
@@ -86,7 +86,7 @@ def double_backward_product(
 ) -> Tensor:
     """``J v`` as the derivative of ``v . (J^T u)`` with respect to u, which does not depend on u."""
     outputs = captured.outputs
-    u = torch.zeros_like(outputs, requires_grad=True)
+    u = torch.zeros_like(outputs).requires_grad_()
     pulled = torch.autograd.grad(
         outputs, list(parameters.values()), u, create_graph=True, retain_graph=True, allow_unused=True
     )
