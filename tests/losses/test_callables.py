@@ -175,6 +175,7 @@ GENERIC: dict[str, Maker] = {  # outputs [N, 3, 4], targets real [N, 3, 4]
     "used twice": lambda r: lambda u, y: F.mse_loss(torch.cat([u, u], 2), torch.cat([y, -y], 2), reduction=r),
     "distillation": lambda r: lambda u, y: F.kl_div(
         u.log_softmax(1), y.softmax(1), reduction="batchmean" if r == "mean" else r),
+    "shifted": lambda r: lambda u, y: F.mse_loss(u + 1, y, reduction=r),
     "learned targets": lambda r: lambda u, y: F.mse_loss(u[:, :1], u[:, 1:2] * y[:, :1], reduction=r),
     "predicted variance": lambda r: lambda u, y: F.gaussian_nll_loss(u[:, 0], y[:, 0], u[:, 1].exp(), reduction=r),
 }  # fmt: skip
@@ -206,6 +207,24 @@ def test_separable_axes_share_their_products() -> None:
     assert isinstance(bound, GenericLoss)
     assert bound._blocks.shape == (2, 3, 4, 4)
     assert interpret(lambda u, y: (u**4).sum()).bind(outputs, None).num_columns == 12
+
+
+class Doubled(nn.MSELoss):
+    """A subclass of a loss of torch is what it computes, not what it inherits."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(input, target)
+
+
+def test_subclasses_and_hooks_of_torch_losses_count() -> None:
+    generator = torch.Generator().manual_seed(2)
+    outputs, targets = normal(generator, 4, 3), normal(generator, 4, 3)
+    check(Doubled(), outputs, targets)
+    hooked = nn.MSELoss()
+    hooked.register_forward_hook(lambda module, args, result: 3 * result)
+    check(hooked, outputs, targets)
+    loss = interpret(hooked)
+    assert interpret(loss) is loss
 
 
 def test_targets_of_any_form() -> None:
@@ -293,6 +312,29 @@ def test_mean_over_batches_of_unequal_shapes_must_be_said_to_be_over_samples() -
         loss.bind(*batches[1])
     loss = interpret(loss_fn, reduction="mean")
     assert loss.combine([loss.bind(*batch).denominator for batch in batches]) == 4
+
+
+def test_samples_coupled_in_the_second_derivative_alone() -> None:
+    """Where u = y the value and the gradient of this loss are those of its samples alone."""
+    outputs = normal(torch.Generator().manual_seed(3), 4, 3)
+
+    def loss_fn(u: Tensor, y: Tensor) -> Tensor:
+        return (u**4).sum() + ((u - y) * (u - y).roll(1, 0)).sum()
+
+    with pytest.raises(ValueError, match="couples the samples"):
+        interpret(loss_fn).bind(outputs, outputs.clone())
+
+
+def test_a_torch_loss_that_loses_its_weight_when_recorded() -> None:
+    """torch drops the weight of l1_loss while a function mode is active; the loss called plainly tells."""
+    weight = torch.full((4, 3), 2.0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    outputs, targets = normal(generator, 4, 3), normal(generator, 4, 3)
+
+    def loss_fn(u: Tensor, y: Tensor) -> Tensor:
+        return F.l1_loss(u, y, reduction="sum", weight=weight[: len(u)])
+
+    check(loss_fn, outputs, targets)
 
 
 def test_coupling_too_weak_for_the_gradient_is_found_in_float32() -> None:

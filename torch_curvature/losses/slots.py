@@ -19,10 +19,10 @@ Block = Callable[[int, int, int, int], tuple[Tensor, "Tensor | None"]]
 
 @dataclass(frozen=True)
 class Slots:
-    """`order [N, S]`: the positions that count, for each sample; `live [N, S]` is False on unused slots."""
+    """`order [N, S]`: the positions that count, for each sample, then (on unused slots) some that do not, whose blocks
+    are zero."""
 
     order: Tensor
-    live: Tensor | None
 
     @classmethod
     def pack(cls, active: Tensor) -> Slots:
@@ -30,10 +30,8 @@ class Slots:
         counts = active.sum(dim=1)
         least, most = torch.stack([counts.min(), counts.max()]).tolist() if active.numel() else (0, 0)
         if least == active.shape[1]:
-            return cls(torch.arange(most, device=active.device).expand(active.shape), None)
-        order = (~active).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        live = None if least == most else active.gather(1, order)
-        return cls(order, live)
+            return cls(torch.arange(most, device=active.device).expand(active.shape))
+        return cls((~active).to(torch.uint8).argsort(dim=1, stable=True)[:, :most])
 
     @property
     def count(self) -> int:
@@ -66,8 +64,6 @@ class Slots:
 
     def _place(self, values: Tensor, layout: Layout, first: int, last: int) -> Tensor:
         """`[s, c, N, K]` into zeros `[s * c, N, D, K]`, each slot at its position."""
-        if self.live is not None:
-            values = values * self.live[:, first:last].T[:, None, :, None]
         s, c, samples, classes = values.shape
         if layout.positions == 1:
             return values.reshape(s * c, samples, 1, classes)
