@@ -83,8 +83,13 @@ def network_hessian(model: nn.Module, inputs: Inputs, *, only: Iterable[str] | N
 
 
 @torch.enable_grad()
-def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """`J[i, j] = d f_i / d x_j` of any function of one tensor, `[o, n]`; a row `[1, n]` of a scalar one."""
+def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor, *, batched: bool = False) -> Tensor:
+    """`J[i, j] = d f_i / d x_j` of any function of one tensor, `[o, n]`; a row `[1, n]` of a scalar one.
+
+    `batched` takes the first axis of `point` for a batch of points, one call each: `[N, o, n]`.
+    """
+    if batched:
+        return torch.stack([function_jacobian(function, one) for one in point])
     variable = _leaf(point)
     with differentiable_forward():
         values = function(variable)
@@ -92,8 +97,13 @@ def function_jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Te
 
 
 @torch.enable_grad()
-def function_hessian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """`H[i, j, k] = d2 f_i / d x_j d x_k` of any function of one tensor, `[o, n, n]`; `H[i]` is symmetric."""
+def function_hessian(function: Callable[[Tensor], Tensor], point: Tensor, *, batched: bool = False) -> Tensor:
+    """`H[i, j, k] = d2 f_i / d x_j d x_k` of any function of one tensor, `[o, n, n]`; each `H[i]` symmetric.
+
+    `batched` takes the first axis of `point` for a batch of points, one call each: `[N, o, n, n]`.
+    """
+    if batched:
+        return torch.stack([function_hessian(function, one) for one in point])
     variable = _leaf(point)
     with differentiable_forward():
         values = function(variable).flatten()
