@@ -45,12 +45,12 @@ class ClosedForm:
 
     @property
     def parameters(self) -> list[str]:
-        return list(inspect.signature(self.function).parameters)
+        return list(_signature(self.function).parameters)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """All arguments but input and target by name, defaults filled in."""
         try:
-            bound = inspect.signature(self.function).bind(None, None, **given)
+            bound = _signature(self.function).bind(None, None, **given)
         except TypeError as error:
             raise TypeError(
                 f"{self.name}: {error}. Give further arguments by keyword: "
@@ -58,6 +58,12 @@ class ClosedForm:
             ) from None
         bound.apply_defaults()
         return {k: v for k, v in bound.arguments.items() if k not in self.parameters[:2]}
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Asked for with every loss, and slow to find out."""
+    return inspect.signature(function)
 
 
 CLOSED_FORMS = [
