@@ -64,7 +64,9 @@ class Contributions:
                         cross = None
                         if own is not None and other in inputs:
                             cross = own, self._right(earlier, inputs[other])
-                        block = pair_block(later, earlier, self.both(later, earlier, M.get(other)), cross)
+                        block = pair_block(
+                            later, earlier, self.both(later, earlier, M.get(other)), cross, group.scratch
+                        )
                         if block is not None:
                             group.add_uses(later, earlier, block)
 
@@ -189,7 +191,9 @@ def _fits(second: SecondOrder, edges: set[int]) -> bool:
     return second.captured.samples * max(widths) * sum(widths) * size <= second.limit
 
 
-def agrees(ours: Tensor, truth: Tensor, norm: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to one product agree, for a matrix of this Frobenius norm."""
-    floor = 1e-2 * norm * (truth.numel() ** -0.5)
-    return bool((ours - truth).norm() <= TOLERANCE[dtype] * torch.maximum(truth.norm(), floor.to(truth.dtype)))
+def agrees(group: SymmetricSum, vector: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a matrix multiplies a vector as it should; where cancellation is heavy, relative to its norm."""
+    error = (group.product(vector) - truth).norm()
+    if error <= TOLERANCE[dtype] * truth.norm():
+        return True
+    return bool(error <= 1e-2 * TOLERANCE[dtype] * group.norm())

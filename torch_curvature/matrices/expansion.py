@@ -11,7 +11,7 @@ second because a change of ``W_l`` changes what ``W_m`` is multiplied with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +21,42 @@ from ..ops import kronecker_sum
 from ..second_order import Node
 
 Cross = tuple[Tensor, Tensor]  # g [N, S, O] of the later use, D [N, (t, j), (s, o)]
+Scratch = Callable[[int, int, torch.dtype], "Tensor | None"]
 
 
-def pair_block(later: Node, earlier: Node, M: Tensor | None, cross: Cross | None) -> Tensor | None:
+def _fresh(rows: int, columns: int, dtype: torch.dtype) -> None:
+    return None
+
+
+def pair_block(
+    later: Node, earlier: Node, M: Tensor | None, cross: Cross | None, scratch: Scratch = _fresh
+) -> Tensor | None:
     """Block [O_m I_m, O_l I_l] between two uses, rows of the later one; None where it vanishes identically.
 
     Args:
         M: [N, (t, p), (s, o)], second derivatives that have gone through both rules.
+        scratch: gives memory [rows, columns] for the result; None for fresh memory.
     """
     if M is None and cross is None:
         return None
     if later is earlier and M is not None and later.a is not None and later.a.shape[1] == 1:
-        return kronecker_sum(M, later.a[:, 0], symmetric=True)
+        side = M.shape[1] * later.a.shape[2]
+        return kronecker_sum(M, later.a[:, 0], symmetric=True, out=scratch(side, side, M.dtype))
     positions = [1 if node.a is None else node.a.shape[1] for node in (later, earlier)]
     if positions == [1, 1]:
-        block = None if M is None else _one_position(later.a, earlier.a, M)
-        return block if cross is None else _add_cross(block, later, earlier.a, *cross)
-    block = _many_positions(later, earlier, positions, M, cross)
-    return mirror_upper(block) if later is earlier else block
+        block = None if M is None else _one_position(later.a, earlier.a, M, scratch)
+        if cross is not None:
+            block = _add_cross(block, later, earlier.a, *cross)
+    else:
+        block = _many_positions(later, earlier, positions, M, cross)
+    return mirror_upper(block) if later is earlier and block is not None else block
 
 
-def _one_position(a: Tensor | None, a2: Tensor | None, M: Tensor) -> Tensor:
+def _one_position(a: Tensor | None, a2: Tensor | None, M: Tensor, scratch: Scratch) -> Tensor:
     N, O, O2 = M.shape
     if a is not None and a2 is not None:
-        return kronecker_sum(M, a[:, 0], a2[:, 0])
+        out = scratch(O * a.shape[2], O2 * a2.shape[2], M.dtype)
+        return kronecker_sum(M, a[:, 0], a2[:, 0], out=out)
     if a2 is not None:
         return (M.reshape(N, -1).T @ a2[:, 0]).view(O, -1)
     if a is not None:
@@ -61,7 +73,7 @@ def _add_cross(block: Tensor | None, later: Node, a2: Tensor | None, g: Tensor, 
     if block is None:
         block = g.new_zeros(O * J, O2 * I2)
     target = block.view(O, J, O2, I2)
-    connected = D.ne(0).any(0)
+    connected = D.abs().amax(0).ne(0)  # also where some entry is no number
     j, o = connected.nonzero(as_tuple=True)
     if 4 * len(j) > 3 * J * O2:
         target += (left.T @ D.reshape(N, -1)).view(O, I2, J, O2).permute(0, 2, 3, 1)
@@ -140,6 +152,8 @@ class SymmetricSum:
         self.like = like
         self.total: Tensor | None = None
         self._known: set[tuple[str, str]] = set()
+        self._symmetric: set[str] = set()  # blocks on the diagonal that are symmetric to the bit
+        self._scratch: Tensor | None = None
 
     @property
     def started(self) -> bool:
@@ -147,6 +161,15 @@ class SymmetricSum:
 
     def clear(self) -> None:
         self._known.clear()
+        self._symmetric.clear()
+
+    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """Memory that is used again for every block; None where a block becomes the matrix itself."""
+        if len(self.names) == 1:
+            return None
+        if self._scratch is None or self._scratch.numel() < rows * columns or self._scratch.dtype != dtype:
+            self._scratch = self.like.new_empty(rows * columns, dtype=dtype)
+        return self._scratch[: rows * columns].view(rows, columns)
 
     def norm(self) -> Tensor:
         """The Frobenius norm so far, up to a factor of two."""
@@ -158,7 +181,7 @@ class SymmetricSum:
         block = self._stored(self._stored(block, later, 0), earlier, 1)
         if later is not earlier and later.name == earlier.name:
             block = block + block.T
-        self.add(later.name, earlier.name, block)
+        self.add(later.name, earlier.name, block, symmetric=True)
 
     def _stored(self, block: Tensor, node: Node, dim: int) -> Tensor:
         """Entries (o, i) in the order and number of the parameter's own."""
@@ -174,8 +197,16 @@ class SymmetricSum:
         shape[dim] = self.shapes[node.name].numel()
         return block.new_zeros(shape).index_copy_(dim, entries, block)
 
-    def add(self, row: str, column: str, block: Tensor) -> None:
-        """Block between two parameters; between a parameter and itself only the upper triangle counts."""
+    def add(self, row: str, column: str, block: Tensor, symmetric: bool = False) -> None:
+        """Block between two parameters; between a parameter and itself only the upper triangle counts.
+
+        Args:
+            symmetric: a block between a parameter and itself is symmetric to the bit.
+        """
+        if row == column and symmetric and ((row, row) not in self._known or row in self._symmetric):
+            self._symmetric.add(row)
+        elif row == column:
+            self._symmetric.discard(row)
         if self.place[row].start > self.place[column].start:
             row, column, block = column, row, block.T
         if self.total is None:
@@ -199,9 +230,9 @@ class SymmetricSum:
         for row, column in self._known:
             r, c = self.place[row], self.place[column]
             block = self.total[r, c]
-            if row == column:
+            if row == column and row not in self._symmetric:
                 block = mirror_upper(block)
-            else:
+            elif row != column:
                 result[c] += block.T @ vector[r]
             result[r] += block @ vector[c]
         return result
@@ -217,8 +248,16 @@ class SymmetricSum:
                 if (row, column) not in self._known:
                     self.total[r, c] = 0
                     self.total[c, r] = 0
-                elif row == column:
+                elif row == column and row not in self._symmetric:
                     self.total[r, r] = mirror_upper(self.total[r, r])
-                else:
-                    self.total[c, r] = self.total[r, c].T
+                elif row != column:
+                    transpose_into(self.total[c, r], self.total[r, c])
+        self._scratch = None
         return self.total
+
+
+def transpose_into(target: Tensor, source: Tensor, tile: int = 512) -> None:
+    """``target[...] = source.T``, in tiles that stay in cache."""
+    for i in range(0, source.shape[0], tile):
+        for j in range(0, source.shape[1], tile):
+            target[j : j + tile, i : i + tile] = source[i : i + tile, j : j + tile].T

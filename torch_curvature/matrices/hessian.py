@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.twice import TWICE_DIFFERENTIABLE
+from ..plan import Plan
 from ..recorder import Recorder
 from ..second_order import SecondOrder
 from .activation_space import Contributions, agrees
@@ -19,6 +21,9 @@ from .expansion import SymmetricSum
 from .products import as_vectors, like_given
 from .second_diagonal import add_diagonal
 from .symmetry import check_symmetry, explained
+
+# Plans with the groups of parameters whose terms between layers agreed with Hessian-vector products.
+TRUSTED: weakref.WeakKeyDictionary[nn.Module, list[tuple[Plan, tuple[str, ...], bool]]] = weakref.WeakKeyDictionary()
 
 
 class SecondOrderMatrix(Matrix):
@@ -178,10 +183,20 @@ class SecondOrderMatrix(Matrix):
         contributions = Contributions(second, curved, columns)
         for key, group in sums.items():
             first = not group.started
-            if contributions.add(group, key in self._distrusted) and first and not self._holds(second, group, curved):
+            terms = contributions.add(group, key in self._distrusted)
+            if not (terms and first) or self._is_trusted(second.pass_.plan, group.names, curved):
+                continue
+            if self._holds(second, group, curved):
+                TRUSTED.setdefault(self.model, []).append((second.pass_.plan, tuple(group.names), curved))
+            else:
                 self._distrusted.add(key)
                 group.clear()
                 contributions.add(group, True)
+
+    def _is_trusted(self, plan: Plan, names: list[str], curved: bool) -> bool:
+        """Whether the terms between these parameters were checked before, with this very plan."""
+        known = TRUSTED.get(self.model, [])
+        return any(p is plan and n == tuple(names) and c == curved for p, n, c in known)
 
     def _holds(self, second: SecondOrder, group: SymmetricSum, curved: bool) -> bool:
         """Whether the first batch's blocks multiply a vector as a Hessian-vector product does."""
@@ -191,7 +206,7 @@ class SecondOrderMatrix(Matrix):
         directions = {n: v.view(1, *self.parameters[n].shape) for n, v in pieces.items()}
         found = second.products(directions, group.names, curved)
         truth = torch.cat([found[n][0] for n in group.names])
-        return agrees(group.product(vector), truth, group.norm(), self._precision(second))
+        return agrees(group, vector, truth, self._precision(second))
 
     def _precision(self, second: SecondOrder) -> torch.dtype:
         dtypes = [second.captured.outputs.dtype, *(p.dtype for p in self.parameters.values())]
