@@ -25,6 +25,12 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """`max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1)`; torch's backward has 1 / alpha in single precision only."""
+    result = input.relu() + alpha * torch.expm1(input.clamp(max=0) / alpha)
+    return input.copy_(result) if inplace else result
+
+
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
     """`|x1[*, i] - x2[*, j]|_p`, `[*, P, M], [*, R, M] -> [*, P, R]`."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
@@ -85,6 +91,8 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.cdist: cdist,
     F.hardsigmoid: hardsigmoid,
+    F.celu: celu,
+    torch.celu: celu,
     F.embedding_bag: embedding_bag,
 }
 
