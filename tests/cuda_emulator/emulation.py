@@ -25,7 +25,7 @@ COMPILER = os.environ.get("TORCH_CURVATURE_CXX", "g++")
 
 COMMON = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"]
 VARIANTS = {
-    "plain": ["-O2"],
+    "plain": ["-O1"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-fsanitize=thread"],
 }

@@ -38,6 +38,7 @@ def outer(g: torch.Generator, quick: bool) -> Iterator[Check]:
         (5, 0, 3),
         (0, 2, 2),
         (9000, 1, 1),
+        (4, 61, 83),
     ]
     for dtype in DTYPES:
         for batch, m, n in shapes:
@@ -247,6 +248,8 @@ LAYERS = [
     (2, 2, 70, 9, 5),
     (1, 2, 9, 70, 67),
     (1, 2, 2, 130, 20),
+    (1, 30, 4, 5, 3),
+    (1, 3, 5, 128, 128),
     (2, 3, 0, 4, 5),
     (2, 0, 3, 4, 5),
     (0, 3, 1, 4, 5),
