@@ -8,7 +8,8 @@ by themselves.  Parameters without a trusted rule get their Jacobian sample by s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from .fallback import per_sample_jacobians
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
 from .trust import verify
+
+# Unfolded inputs that are kept between chunks of columns.
+KEEP_BYTES = 1 << 28
 
 PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
@@ -44,7 +48,8 @@ class Backpropagation:
         self.captured = captured
         self.forward = forward
         self.repeatable = repeatable
-        self._activations: dict[str, Any] = {}
+        self._kept: dict[Any, Any] = {}
+        self._kept_bytes = 0
         self.plan = self._plan()
 
     def _plan(self) -> Plan:
@@ -85,22 +90,30 @@ class Backpropagation:
 
     def assemble(self, derivatives: Sequence[Tensor | None], columns: Tensor | None) -> dict[str, Factor]:
         """Factors from the derivatives [V, *z] at the edges; ``columns`` are needed for the fallback only."""
-        plan = self.plan
-        found: dict[str, Factor] = {}
-        with torch.no_grad():
-            for name, indices in plan.closed.items():
-                factor = self.closed(name, indices, derivatives)
-                if factor is not None:
-                    found[name] = factor
-        if plan.fallback:
-            assert columns is not None
-            columns = columns.to(self.captured.outputs.dtype)
-            wanted = {name: self.parameters[name] for name in plan.fallback}
-            jacobians = per_sample_jacobians(self.model, self.forward, self.captured, wanted, columns)
-            for name, J in jacobians.items():
-                J = J.to(working_dtype(J.dtype))
-                found[name] = Factor(J[:, :, None], None, self.parameters[name].shape)
+        found = dict(self.each(derivatives, columns))
         return {name: found[name] for name in self.parameters if name in found}
+
+    def each(self, derivatives: Sequence[Tensor | None], columns: Tensor | None) -> Iterator[tuple[str, Factor]]:
+        """The same one by one, so that only one parameter's unfolded input is there at a time.
+
+        Without ``columns`` the parameters with closed rules only.
+        """
+        plan = self.plan
+        for name, indices in plan.closed.items():
+            with torch.no_grad():
+                factor = self.closed(name, indices, derivatives)
+            if factor is not None:
+                yield name, factor
+        if plan.fallback and columns is not None:
+            yield from self.fallback(columns)
+
+    def fallback(self, columns: Tensor) -> Iterator[tuple[str, Factor]]:
+        """Factors of the parameters without a trusted rule."""
+        wanted = {name: self.parameters[name] for name in self.plan.fallback}
+        columns = columns.to(self.captured.outputs.dtype)
+        jacobians = per_sample_jacobians(self.model, self.forward, self.captured, wanted, columns)
+        for name, J in jacobians.items():
+            yield name, Factor(J.to(working_dtype(J.dtype))[:, :, None], None, self.parameters[name].shape)
 
     def to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
         """Columns [V, N, *out] pulled back to the recorded layers' outputs, [V, *z] each."""
@@ -166,58 +179,60 @@ class Backpropagation:
         """Factor of one parameter from the uses with these indices; None where nothing arrived at any of them."""
         uses = self.captured.record.uses
         shape = self.parameters[name].shape
-        reached = [i for i in indices if derivatives[uses[i].edge] is not None]
-        parts = []
-        for i in reached:
+        parts: list[tuple[int, Tensor, Tensor | None]] = []
+        for i in indices:
             derivative = derivatives[uses[i].edge]
-            assert derivative is not None
-            parts.append((i, self._gradient(i, derivative)))
+            if derivative is not None:
+                parts.append((i, self._gradient(i, derivative), self._cached(i, partial(self._activation, i))))
         if not parts:
             return None
-        forms = {self._form(i) for i in reached}
-        if len(forms) == 1:
-            return self._joined(name, parts)
+        if len(parts) == 1 or len({(uses[i].transposed, _form(a)) for i, _, a in parts}) == 1:
+            return self._joined(name, parts, shape)
         total = None
-        for i, g in parts:
-            factor = self._joined(f"{name}@{i}", [(i, g)], shape)
+        for part in parts:
+            factor = self._joined(part[0], [part], shape)
             J = factor.spread(factor.jacobian(), (2,))
             total = J if total is None else total + J
         assert total is not None
         return Factor(total[:, :, None], None, shape)
 
-    def _form(self, index: int) -> tuple[Any, ...]:
-        """Uses with the same form can be joined along S."""
-        recorded = self.captured.record.uses[index]
-        activation = self._cached_activation(index)
-        if activation is None:
-            return ("direct",)
-        return (recorded.transposed, activation.is_floating_point(), activation.shape[-1])
+    def _cached(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What does not depend on the columns is kept for the next chunk of them, up to a limit."""
+        if key in self._kept:
+            return self._kept[key]
+        value = compute()
+        size = sum(
+            t.numel() * t.element_size() for t in (value if isinstance(value, tuple) else (value,)) if t is not None
+        )
+        if self._kept_bytes + size <= KEEP_BYTES:
+            self._kept[key] = value
+            self._kept_bytes += size
+        return value
 
-    def _cached_activation(self, index: int) -> Tensor | None:
-        key = f"#{index}"
-        if key not in self._activations:
-            self._activations[key] = self._activation(index)
-        cached: Tensor | None = self._activations[key]
-        return cached
-
-    def _joined(self, key: str, parts: list[tuple[int, Tensor]], shape: torch.Size | None = None) -> Factor:
-        """One factor of uses of the same form."""
-        shape = self.parameters[key].shape if shape is None else shape
-        g = parts[0][1] if len(parts) == 1 else None
-        first = self._cached_activation(parts[0][0])
-        if first is None:
-            return Factor(sum((p[1] for p in parts[1:]), start=parts[0][1]), None, shape)
-        if g is None:
+    def _joined(self, key: Any, parts: list[tuple[int, Tensor, Tensor | None]], shape: torch.Size) -> Factor:
+        """One factor of uses of the same form, joined along S."""
+        first, g, a = parts[0]
+        if a is None:
+            return Factor(sum((p[1] for p in parts[1:]), start=g), None, shape)
+        rows = None
+        if len(parts) > 1:
             g = torch.cat([p[1] for p in parts], 2)
-        if key not in self._activations:
-            activations = [self._cached_activation(i) for i, _ in parts]
-            a = first if len(parts) == 1 else torch.cat([x for x in activations if x is not None], 1)
-            self._activations[key] = (a, None) if a.is_floating_point() else one_hot(a[..., 0], g.dtype)
-        a, rows = self._activations[key]
+        if len(parts) > 1 or not a.is_floating_point():
+            several = [p[2] for p in parts if p[2] is not None]
+            a, rows = self._cached(("joined", key), lambda: _join(several, g.dtype))
         if a.dtype != g.dtype:
             a = a.to(g.dtype)
-        transposed = self.captured.record.uses[parts[0][0]].transposed
-        return Factor(g, a, shape, transposed, rows)
+        return Factor(g, a, shape, self.captured.record.uses[first].transposed, rows)
+
+
+def _form(a: Tensor | None) -> tuple[Any, ...]:
+    """Uses with the same form (and orientation) can be joined along S."""
+    return ("direct",) if a is None else (a.is_floating_point(), a.shape[-1])
+
+
+def _join(activations: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    a = activations[0] if len(activations) == 1 else torch.cat(activations, 1)
+    return (a, None) if a.is_floating_point() else one_hot(a[..., 0], dtype)
 
 
 def one_hot(index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def observation(model: nn.Module) -> Iterator[None]:
 def force_eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Run compiled modules inside the model as plain Python."""
     for module in model.modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
     return contextlib.nullcontext()
@@ -136,6 +136,8 @@ def capture(
         )
     if outputs.dim() == 0:
         raise UnsupportedModelError("the model's output has no batch axis: outputs must be [N, ...]")
+    if outputs.shape[0] == 0:
+        raise ValueError("the batch holds no sample: outputs are empty")
     if not outputs.requires_grad:
         raise UnsupportedModelError(
             "the model's output depends on no parameter with requires_grad=True (is part of it under torch.no_grad?)"

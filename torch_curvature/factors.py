@@ -187,19 +187,25 @@ def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
     return factor.spread(first, (0,)).reshape(factor.shape), factor.spread(second, (0,)).reshape(factor.shape)
 
 
-def gram(left: Factor, right: Factor) -> Tensor:
-    """[V, N, V2, N2] inner products of the Jacobians of one parameter on two batches (or one with itself)."""
+def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
+    """[V, N, V2, N2] inner products of the Jacobians of one parameter on two batches (or one with itself).
+
+    With ``add_to`` they are added to it, and it is returned.
+    """
     if left.a is None or right.a is None:
         (V, N), (V2, N2) = left.g.shape[:2], right.g.shape[:2]
         first = left.spread(left.jacobian(), (2,)).reshape(V * N, -1)
         second = first if right is left else right.spread(right.jacobian(), (2,)).reshape(V2 * N2, -1)
+        if add_to is not None:
+            add_to.view(V * N, V2 * N2).addmm_(first, second.T)
+            return add_to
         return (first @ second.T).view(V, N, V2, N2)
     a2 = right.a
     if left.rows is not None and right.rows is not None and left is not right:
         a2 = a2 @ (right.rows[:, None] == left.rows).to(a2.dtype)
     if left is right:
-        return jacobian_gram(left.g, left.a)
-    return jacobian_gram(left.g, left.a, right.g, a2)
+        return jacobian_gram(left.g, left.a, add_to=add_to)
+    return jacobian_gram(left.g, left.a, right.g, a2, add_to=add_to)
 
 
 def as_single_position(factor: Factor) -> Factor:

@@ -14,7 +14,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .capture import Capture, observation
-from .recorder import Recorder
+from .recorder import Recorder, UnsupportedModelError
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -27,7 +27,7 @@ def per_sample_jacobians(
         try:
             return _vectorised(model, forward, captured, wanted, columns)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, UnsupportedModelError)):
                 raise
             captured.cache["vectorised"] = False
     return _one_by_one(model, forward, captured, wanted, columns)
@@ -37,7 +37,13 @@ def _split(captured: Capture) -> tuple[list[Any], Any, list[bool]]:
     """The batch as a flat list, its structure, and which entries have a leading axis of samples."""
     leaves, structure = pytree.tree_flatten(captured.batch)
     N = captured.samples
-    return leaves, structure, [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == N for x in leaves]
+    split = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == N for x in leaves]
+    if not any(split):
+        raise UnsupportedModelError(
+            f"the outputs have {N} rows, but no tensor of the batch has {N}: the first axis of the outputs must count "
+            "samples. Outputs for each token go [N, classes, tokens], with targets [N, tokens]"
+        )
+    return leaves, structure, split
 
 
 def _vectorised(

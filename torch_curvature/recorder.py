@@ -140,8 +140,8 @@ class Recorder(TorchFunctionMode):
         elif not _carries_gradient(output, self._is_parameter):
             return
         self.record.escaped.update(self.names[p] for p in touched)
-        name = getattr(func, "__name__", str(func))
-        self.record.signature.append((name, tuple(touched), output.shape if isinstance(output, Tensor) else None))
+        called: Any = rule if rule is not None else getattr(func, "__name__", str(func))
+        self.record.signature.append((called, tuple(touched), output.shape if isinstance(output, Tensor) else None))
 
     def _record(self, uses: Any, output: Tensor) -> list[int]:
         """Take a call's uses down; returns the parameters that they cover."""
@@ -181,6 +181,7 @@ class Recorder(TorchFunctionMode):
 
             def after(module: nn.Module, inputs: Any, output: Any, rule: Any = rule, own: set[int] = own) -> None:
                 self._suspended.remove(own)
+                self.record.signature.append(rule)
                 covered = set()
                 if isinstance(output, Tensor) and output.requires_grad:
                     covered = set(self._record(rule(module, output, *inputs), output))

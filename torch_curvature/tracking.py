@@ -8,6 +8,7 @@ products and variance.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .factors import Factor, gradient_moments, gram, squared_norms
-from .plan import coverage
+from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError
 
 
@@ -33,11 +34,12 @@ class TrackedBatch:
     derivatives: dict[int, Tensor] = field(default_factory=dict)  # at the edges
     arrived: dict[int, Tensor] = field(default_factory=dict)  # at the outputs, by leaf
     output_shapes: list[tuple[int, torch.Size]] = field(default_factory=list)
+    output_like: Tensor | None = None
     uses: int = 0  # recorded inside the model's call
     escaped: frozenset[str] = frozenset()
     versions: dict[str, int] = field(default_factory=dict)
     drew: bool = False  # random numbers
-    factors: dict[str, Factor] | None = None
+    fallback: dict[str, Factor] | None = None
 
 
 class Track:
@@ -85,7 +87,7 @@ class Track:
     def _watch(self, output: Tensor, edge: int) -> None:
         if self._inside:
             derivatives = self._batches[-1].derivatives
-            self._hooks.append(output.register_hook(lambda gradient: _accumulate(derivatives, edge, gradient)))
+            self._hooks.append(output.register_hook(lambda gradient: self._arrive(derivatives, edge, gradient)))
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._recorder.active and torch.is_grad_enabled():
@@ -128,29 +130,31 @@ class Track:
                 self._model, self._parameters, captured, forward, repeatable=not batch.drew
             )
             captured.outputs = outputs.detach()  # the graph is the user's to keep or free
-            batch.derivatives.clear()  # what the check of the factors has left there
+            batch.output_like = captured.outputs
             if batch.backpropagation.plan.fallback:
                 for i in chosen:
-                    self._hooks.append(leaves[i].register_hook(lambda g, i=i: _accumulate(batch.arrived, i, g)))
+                    self._hooks.append(leaves[i].register_hook(lambda g, i=i: self._arrive(batch.arrived, i, g)))
+
+    def _arrive(self, into: dict[int, Tensor], key: int, gradient: Tensor) -> None:
+        """Called by the user's backward pass (and, inactive, by the check of the factors)."""
+        if self._recorder.active:
+            gradient = gradient.detach()
+            into[key] = into[key] + gradient if key in into else gradient
 
     # ------------------------------------------------------------------ factors
 
-    def _factors(self) -> list[tuple[int, dict[str, Factor]]]:
-        """(samples, factors of the parameters that were used) of each backward pass."""
+    def _done(self) -> list[TrackedBatch]:
+        """The forward passes that a backward pass has followed."""
         done = [batch for batch in self._batches if batch.derivatives or batch.arrived]
         if not done:
             raise RuntimeError(
                 "no gradient has been seen: inside `with tc.track(model) as t:` call model(...) and then backward() on "
                 "the loss, and ask afterwards"
             )
-        found = []
-        for batch in done:
-            if batch.factors is None:
-                batch.factors = self._of(batch)
-            found.append((batch.samples, batch.factors))
-        return found
+        return done
 
-    def _of(self, batch: TrackedBatch) -> dict[str, Factor]:
+    def _each(self, batch: TrackedBatch) -> Iterator[tuple[str, Factor]]:
+        """Factors (V = 1) of the parameters that were used, one after the other."""
         backpropagation, record = batch.backpropagation, batch.record
         assert backpropagation is not None
         outside = {use.name for use in record.uses[batch.uses :]} | (record.escaped - batch.escaped)
@@ -160,20 +164,17 @@ class Track:
                 "their gradient belongs to no sample; leave it out of the tracked loss"
             )
         derivatives = [batch.derivatives.get(i) for i in range(len(record.edges))]
-        derivatives = [None if d is None else d.unsqueeze(0) for d in derivatives]
-        columns = None
-        if backpropagation.plan.fallback:
+        yield from backpropagation.each([None if d is None else d.unsqueeze(0) for d in derivatives], None)
+        if backpropagation.plan.fallback and batch.fallback is None:
             self._check_repeatable(batch)
-            columns = _joined(
-                [
-                    batch.arrived[i] if i in batch.arrived else torch.zeros(shape, device=self._recorder_device())
-                    for i, shape in batch.output_shapes
-                ]
-            ).unsqueeze(0)
-        return backpropagation.assemble(derivatives, columns)
-
-    def _recorder_device(self) -> torch.device:
-        return next(iter(self._parameters.values())).device
+            like = batch.output_like
+            assert like is not None
+            arrived = [
+                batch.arrived.get(i, torch.zeros(shape, dtype=like.dtype, device=like.device))
+                for i, shape in batch.output_shapes
+            ]
+            batch.fallback = dict(backpropagation.fallback(_joined(arrived).unsqueeze(0)))
+        yield from (batch.fallback or {}).items()
 
     def _check_repeatable(self, batch: TrackedBatch) -> None:
         assert batch.backpropagation is not None
@@ -198,31 +199,26 @@ class Track:
         ``p.grad``, so for a mean they carry its 1/N.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
-        for samples, factors in self._factors():
+        for batch in self._done():
+            factors = {n: f.spread(f.jacobian(), (2,)) for n, f in self._each(batch)}
             for name, p in self._parameters.items():
-                if name in factors:
-                    J = factors[name].spread(factors[name].jacobian(), (2,))
-                    found[name].append(J.reshape(samples, *p.shape))
-                else:
-                    found[name].append(p.detach().new_zeros(samples, *p.shape))
+                J = factors.get(name)
+                part = p.detach().new_zeros(batch.samples, p.numel()) if J is None else J
+                found[name].append(part.reshape(batch.samples, *p.shape))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
     def gradient_norms(self, squared: bool = False) -> Tensor:
         """[N] norms of the per-sample gradients over all parameters, without forming them where that is cheaper."""
         parts = []
-        for _, factors in self._factors():
-            total: Tensor | None = None
-            for factor in factors.values():
-                norms = squared_norms(factor)[0]
-                total = norms if total is None else total + norms
-            assert total is not None
-            parts.append(total)
+        for batch in self._done():
+            each = [squared_norms(factor)[0] for _, factor in self._each(batch)]
+            parts.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
         norms = parts[0] if len(parts) == 1 else torch.cat(parts)
         return norms if squared else norms.sqrt()
 
     def gradient_gram(self) -> Tensor:
         """[N, N] inner products of the per-sample gradients over all parameters, symmetric to the bit."""
-        batches = self._factors()
+        batches = [(batch.samples, dict(self._each(batch))) for batch in self._done()]
         rows: list[list[Tensor]] = []
         for i, (_, left) in enumerate(batches):
             parts: list[Tensor] = []
@@ -232,11 +228,10 @@ class Track:
                     continue
                 total: Tensor | None = None
                 for name in left.keys() & right.keys():
-                    part = gram(left[name], right[name])[0, :, 0]
-                    total = part if total is None else total.add_(part)
+                    total = gram(left[name], right[name], total)
                 if total is None:
-                    total = next(iter(left.values())).g.new_zeros(batches[i][0], samples)
-                parts.append(total)
+                    total = next(iter(left.values())).g.new_zeros(1, batches[i][0], 1, samples)
+                parts.append(total[0, :, 0])
             rows.append(parts)
         full = rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
         return torch.triu(full) + torch.triu(full, 1).T
@@ -247,20 +242,19 @@ class Track:
         The population variance ``(1/N) sum_n (g[n] - mean g)^2`` of the gradients as they are, so for a mean loss it
         carries 1/N^2. No per-sample gradient is formed for layers with one position per sample.
         """
-        batches = self._factors()
-        samples = sum(N for N, _ in batches)
+        samples = sum(batch.samples for batch in self._done())
+        moments = {
+            name: torch.zeros(2, *p.shape, dtype=torch.float64, device=p.device) for name, p in self._parameters.items()
+        }
+        for batch in self._done():
+            for name, factor in self._each(batch):
+                first, second = gradient_moments(factor)
+                moments[name][0] += first
+                moments[name][1] += second
         found = {}
         for name, p in self._parameters.items():
-            first = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
-            second = torch.zeros_like(first)
-            for _, factors in batches:
-                if name in factors:
-                    one, two = gradient_moments(factors[name])
-                    first += one
-                    second += two
-            variance = second / samples - (first / samples).square()
-            dtype = p.dtype if p.dtype == torch.float64 else torch.float32
-            found[name] = variance.clamp_(min=0).to(dtype)
+            mean, square = moments[name] / samples
+            found[name] = (square - mean.square()).clamp_(min=0).to(working_dtype(p.dtype))
         return found
 
     def coverage(self) -> dict[str, str]:
@@ -289,11 +283,6 @@ def track(model: nn.Module) -> Track:
             parameters are used in the loss itself, or a random pass would have to be repeated.
     """
     return Track(model)
-
-
-def _accumulate(into: dict[int, Tensor], key: int, gradient: Tensor) -> None:
-    gradient = gradient.detach()
-    into[key] = into[key] + gradient if key in into else gradient
 
 
 def _batch_size(leaves: list[Any], inputs: Any) -> int:

@@ -49,6 +49,11 @@ def verify(pass_: Pass) -> None:
         outputs, list(pass_.parameters.values()), weighted, retain_graph=True, allow_unused=True
     )
     reference = {n: (t.to_dense() if t.is_sparse else t) for n, t in zip(names, truth) if t is not None}
+    infinite = [n for n, gradient in reference.items() if not bool(torch.isfinite(gradient).all())]
+    if infinite:
+        raise ValueError(
+            f"the gradients of parameters {infinite} are not finite (NaN or infinity): check inputs and parameters"
+        )
     plan.unused = [n for n in names if n not in reference]
     by_name: dict[str, list[int]] = {}
     for index, recorded in enumerate(captured.record.uses):

@@ -120,6 +120,11 @@ def test_messages_of_bad_input() -> None:
     model, (x, y) = net(), data()
     scalar = Function(lambda m, x: m.layer(x).sum(), layer=nn.Linear(3, 4))
     detached = Function(lambda m, x: m.layer(x).detach(), layer=nn.Linear(3, 4))
+    flattened = nn.Sequential(
+        nn.Embedding(5, 4), nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True), nn.Flatten(0, 1)
+    )
+    infinite = nn.Linear(3, 4)
+    nn.init.constant_(infinite.weight, torch.nan)
     by_frequency = nn.Embedding(4, 4, scale_grad_by_freq=True)
     for call, error, message in (
         (lambda: tc.GaussNewton(torch.tanh, LOSS, (x, y)), TypeError, "model must be a torch.nn.Module"),
@@ -142,6 +147,10 @@ def test_messages_of_bad_input() -> None:
         (lambda: tc.register_rule(3, lambda: None), TypeError, "target must be"),
         (lambda: tc.GaussNewton(scalar, LOSS, (x, y)).trace(), UnsupportedModelError, "no batch axis"),
         (lambda: tc.GaussNewton(detached, LOSS, (x, y)).trace(), UnsupportedModelError, "depends on no parameter"),
+        (lambda: tc.Jacobian(flattened, y[:4].view(2, 2)).dense(), UnsupportedModelError, "first axis of the outputs"),
+        (lambda: tc.Jacobian(nn.Sequential(infinite, nn.Linear(4, 4)), x).dense(), ValueError, "not finite"),
+        (lambda: tc.Jacobian(model, x[:0]).dense(), ValueError, "no sample"),
+        (lambda: tc.Jacobian(nn.LazyLinear(3), x), ValueError, "not initialised"),
         (lambda: tc.GaussNewton(by_frequency, LOSS, (y, y)).trace(), ValueError, "scale_grad_by_freq"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):

@@ -159,7 +159,9 @@ def test_tracking_refuses_what_has_no_per_sample_gradient() -> None:
     with pytest.raises(UnsupportedModelError, match="called again before backward"), tc.track(model):
         (LOSS(model(x), y) + LOSS(model(x), y)).backward()
     rate = nn.Parameter(torch.rand(4))
-    odd = Function(lambda m, x: m.drop(m.layer(x)) ** m.rate, layer=nn.Linear(3, 4), drop=nn.Dropout(0.3), rate=rate)
+    odd = Function(
+        lambda m, x: m.drop(m.layer(x)) * m.rate.exp(), layer=nn.Linear(3, 4), drop=nn.Dropout(0.3), rate=rate
+    )
     with tc.track(odd) as t:
         LOSS(odd(x.abs()), y).backward()
     with pytest.raises(UnsupportedModelError, match="random numbers"):

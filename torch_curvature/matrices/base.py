@@ -37,14 +37,24 @@ class Batch:
     backpropagation: Backpropagation | None
     tangent: Tensor | None
 
+    def pieces(self) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
+        """As :meth:`chunks`, the factors one after the other: for what takes one parameter at a time."""
+        assert self.backpropagation is not None
+        for columns, sign in self._scaled_columns():
+            derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
+            yield self.backpropagation.each(derivatives, columns), sign
+
     def chunks(self) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
         """Pairs (factors by parameter name, sign [V, N] or None)."""
         assert self.backpropagation is not None
+        for columns, sign in self._scaled_columns():
+            yield self.backpropagation.factors(columns), sign
+
+    def _scaled_columns(self) -> Columns:
+        assert self.backpropagation is not None
         limit = max(1, self.matrix.budget.working_bytes() // (4 * self.backpropagation.column_bytes()))
         for columns, sign in self.matrix._columns(self, limit):
-            if self.scale != 1.0:
-                columns = columns * self.scale
-            yield self.backpropagation.factors(columns), sign
+            yield columns if self.scale == 1.0 else columns * self.scale, sign
 
 
 class Matrix(abc.ABC):
@@ -73,6 +83,8 @@ class Matrix(abc.ABC):
         if not self.parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to differentiate")
         for name, p in self.parameters.items():
+            if nn.parameter.is_lazy(p):
+                raise ValueError(f"parameter {name!r} is not initialised yet: run the model once on a batch first")
             if not p.is_floating_point():
                 raise TypeError(f"parameter {name!r} has dtype {p.dtype}: real floating parameters are needed")
         self.loss = losses.interpret(loss_fn) if self.uses_loss else None

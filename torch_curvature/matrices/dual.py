@@ -33,8 +33,7 @@ def inner_products(left: dict[str, Factor], right: dict[str, Factor]) -> Tensor:
     total: Tensor | None = None
     for name, factor in left.items():
         if name in right:
-            part = gram(factor, right[name])
-            total = part if total is None else total.add_(part)
+            total = gram(factor, right[name], total)
     if total is None:
         (V, N), (V2, N2) = _extent(left), _extent(right)
         return next(iter(left.values())).g.new_zeros(V, N, V2, N2)

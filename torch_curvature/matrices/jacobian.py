@@ -105,8 +105,8 @@ class Jacobian(Matrix):
         """The Frobenius norm over all the data, 0-dim."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self._sweep("frobenius_norm"):
-            for factors, _ in batch.chunks():
-                for factor in factors.values():
+            for factors, _ in batch.pieces():
+                for _, factor in factors:
                     total = total + squared_norms(factor).sum(dtype=torch.float64)
         return total.sqrt().to(self.dtype)
 

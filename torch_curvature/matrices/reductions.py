@@ -15,8 +15,8 @@ def diagonal_of(matrix: Any) -> dict[str, Tensor]:
     """{name: tensor of the parameter's shape}."""
     sums: dict[str, Tensor] = {}
     for batch in matrix._sweep("diagonal"):
-        for factors, sign in batch.chunks():
-            for name, factor in factors.items():
+        for factors, sign in batch.pieces():
+            for name, factor in factors:
                 part = diagonal(factor, sign)
                 known = sums.get(name)
                 sums[name] = part if known is None else known.add_(part)
@@ -30,8 +30,8 @@ def trace_of(matrix: Any) -> Tensor:
     """The sum of the columns' squared norms."""
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for batch in matrix._sweep("trace"):
-        for factors, sign in batch.chunks():
-            for factor in factors.values():
+        for factors, sign in batch.pieces():
+            for _, factor in factors:
                 norms = squared_norms(factor)
                 total = total + (norms if sign is None else norms * sign).sum(dtype=torch.float64)
     return (total / matrix._denominator).to(matrix.dtype)
