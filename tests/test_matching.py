@@ -16,6 +16,8 @@ import torch_curvature as tc
 from torch_curvature import reference
 from torch_curvature.integration import quadrature
 
+from .transfers import TRANSFERS, softplus
+
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u,
     "sigmoid": torch.sigmoid,
@@ -29,46 +31,6 @@ def targets_of(name: str, u: Tensor) -> Tensor:
     return {"identity": lambda: 3 * torch.randn_like(u), "exp": lambda: 4 * torch.rand_like(u)}.get(
         name, lambda: torch.rand_like(u) if name == "sigmoid" else 2 * torch.rand_like(u) - 1
     )()
-
-
-def softplus(u: Tensor) -> Tensor:
-    return u.clamp(min=0) + torch.log1p((-u.abs()).exp())
-
-
-def log_cosh(u: Tensor) -> Tensor:
-    """Without cancellation for small u: `log(1 + 2 sinh^2(u / 2))`."""
-    small = u.clamp(-1, 1)
-    return torch.where(
-        u.abs() < 1,
-        torch.log1p(2 * (small / 2).sinh() ** 2),
-        u.abs() + torch.log1p((-2 * u.abs()).exp()) - math.log(2),
-    )
-
-
-def softplus_from_zero(u: Tensor) -> Tensor:
-    """`softplus(u) - softplus(0) = u / 2 + log cosh(u / 2)`; for u < -1 the terms cancel."""
-    return torch.where(u > -1, u / 2 + log_cosh(u / 2), softplus(u) - math.log(2))
-
-
-def step(t: Tensor) -> Tensor:
-    return (t > 0.7).to(t)
-
-
-# name: (h, its integral from 0)
-TRANSFERS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "sigmoid": (torch.sigmoid, softplus_from_zero),
-    "tanh": (torch.tanh, log_cosh),
-    "arctan": (torch.atan, lambda u: u * u.atan() - torch.log1p(u * u) / 2),
-    "cubic": (lambda t: t**3 + t, lambda u: u**4 / 4 + u**2 / 2),
-    "cube root": (lambda t: t.sign() * t.abs() ** (1 / 3), lambda u: 0.75 * u.abs() ** (4 / 3)),
-    "arsinh": (torch.asinh, lambda u: u * u.asinh() - u * u / (torch.sqrt(u * u + 1) + 1)),
-    "relu": (torch.relu, lambda u: u.clamp(min=0) ** 2 / 2),
-    "kink off zero": (lambda t: (t - 0.3).relu() + t, lambda u: (u - 0.3).clamp(min=0) ** 2 / 2 + u * u / 2),
-    "hard tanh": (F.hardtanh, lambda u: torch.where(u.abs() < 1, u * u / 2, u.abs() - 0.5)),
-    "sign": (torch.sign, torch.abs),
-    "jump": (step, lambda u: (u - 0.7).clamp(min=0)),
-    "steep, far": (lambda t: torch.sigmoid(50 * (t - 170)), lambda u: softplus(50 * (u - 170)) / 50),
-}
 
 
 def points() -> Tensor:
@@ -256,6 +218,17 @@ def test_training_with_a_matching_loss_of_the_user_is_training_with_that_of_torc
         assert loss < 0.3
     torch.testing.assert_close(weights[0], weights[2], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(weights[1], weights[2], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("transfer", "whole"), [("sigmoid", True), ("softmax", True), (torch.atan, False)])
+def test_compiled(transfer: Any, whole: bool) -> None:
+    loss_fn = tc.MatchingLoss(transfer)
+    compiled = torch.compile(loss_fn, fullgraph=whole, backend="aot_eager")
+    u, y = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    found, truth = (u.clone().requires_grad_() for _ in range(2))
+    torch.testing.assert_close(compiled(found, y), loss_fn(truth, y))
+    gradients = (torch.autograd.grad(f(v, y), v)[0] for f, v in ((compiled, found), (loss_fn, truth)))
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_residual_of_a_perfect_fit_vanishes() -> None:

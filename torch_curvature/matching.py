@@ -84,7 +84,8 @@ class MatchingLoss(nn.Module):
     A transfer of your own is an elementwise, non-decreasing function of a tensor, made of torch functions that can be
     differentiated. Its integral is computed in float64 by adaptive quadrature, to a few units of the last place of the
     integral of |h|; its derivatives of orders 1 to 8 are those of h, exact, in every mode of torch, wherever h has a
-    finite slope. Kinks and jumps of h are found by bisection.
+    finite slope. Kinks and jumps of h are found by bisection. `torch.compile` breaks its graph at the quadrature,
+    which decides by values; the named losses compile whole.
 
     The named losses are stable for |u| up to 1e4 in float32 and targets in the range of the transfer; only
     e^u overflows, as it must.
