@@ -1,0 +1,90 @@
+"""Flops and bytes that a quantity cannot do without, counted over the layers that have weights.
+
+Multiply-adds count as two flops. Symmetric products count half, packed symmetric pairs a quarter. What a layer's rule
+saves (a first layer needs no derivative of its input) is counted; activations, losses and attention weights are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .problems import Problem
+
+
+def layers(p: Problem) -> Iterator[tuple[int, int, int, int, bool]]:
+    """(N, S, O, I, is first) of each layer."""
+    found: list[tuple[int, int, int, int, bool]] = []
+
+    def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        N, O = len(output), module.weight.shape[0]
+        found.append((N, output.numel() // (N * O), O, module.weight[0].numel(), not found))
+
+    hooks = [m.register_forward_hook(keep) for m in p.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        C = p.model(p.x).shape[1]
+    for hook in hooks:
+        hook.remove()
+    p.classes = C
+    return iter(found)
+
+
+def _pairs(n: int) -> float:
+    return n * (n + 1) / 2
+
+
+def passes(p: Problem, columns: int) -> float:
+    """One forward pass, and ``columns`` backward passes to the layers' outputs."""
+    return sum(2.0 * N * S * O * I * (1 + columns * (not first)) for N, S, O, I, first in layers(p))
+
+
+def count(p: Problem, quantity: str) -> tuple[float, float]:
+    """(flops, bytes of the result) of a quantity of the mean cross entropy."""
+    found = list(layers(p))
+    V, element = p.classes, p.x.element_size()
+    P, N = p.size, len(p.x)
+    flops = {"product": 0.0, "norms": passes(p, 1), "gram": passes(p, 1)}.get(quantity, passes(p, V))
+    size = {"diagonal": P, "product": P, "norms": N, "gram": N * N, "kernel": (N * V) ** 2, "dense": P * P}.get(
+        quantity
+    )
+    total = 0.0
+    for n, S, O, I, _ in found:
+        formed = 2.0 * n * S * O * I
+        if quantity in ("blocks", "dense"):
+            total += (O * I) ** 2
+            square = 2.0 * n * _pairs(O) * _pairs(I) + V * n * O * O if S == 1 else V * (formed + n * (O * I) ** 2)
+            flops += square
+        elif quantity == "diagonal":
+            flops += 2.0 * n * O * I + 3.0 * V * n * O if S == 1 else V * (formed + 2.0 * n * O * I)
+        elif quantity == "norms":
+            flops += 2.0 * n * (O + I) if S == 1 else min(n * S * S * (O + I), formed + 2.0 * n * O * I)
+        elif quantity == "gram":
+            flops += n * n * (O + I) if S == 1 else formed + n * n * O * I
+        elif quantity == "kernel":
+            flops += n * n * (V * V * O + I) if S == 1 else V * formed + (V * n) ** 2 * O * I
+        elif quantity == "kronecker":
+            total += O * O + I * I
+            flops += n * S * I * I + V * n * S * O * O
+        elif quantity == "product":
+            flops += 5 * formed
+    if quantity == "dense":  # pairs of different layers: one product of unpacked pairs, mirrored
+        for i, (n, S, O, I, _) in enumerate(found):
+            for _, S2, O2, I2, _ in found[i + 1 :]:
+                if S == S2 == 1:
+                    flops += 2.0 * n * O * I * O2 * I2
+    return flops, float(element * (total if size is None else size))
+
+
+def count_hessian(p: Problem) -> tuple[float, float]:
+    """The dense Hessian of a multilayer perceptron: one second-order pass (two forward passes' worth of tangents and
+    backward passes each) for every layer output, and the products of packed pairs."""
+    found = list(layers(p))
+    forward = sum(2.0 * N * S * O * I for N, S, O, I, _ in found)
+    flops = sum(O for _, _, O, _, _ in found) * 2 * forward
+    for i, (n, _, O, I, _) in enumerate(found):
+        flops += 2.0 * n * _pairs(O) * _pairs(I)
+        for _, _, O2, I2, _ in found[i + 1 :]:
+            flops += 4.0 * n * O * I * O2 * I2
+    return flops, float(p.size**2 * p.x.element_size())

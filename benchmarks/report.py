@@ -1,0 +1,110 @@
+"""Tables and pictures of what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+OURS = "torch_curvature"
+
+
+def best_other(entry: dict) -> tuple[str, float] | None:
+    """The fastest contestant that is right and not ours."""
+    timed = {k: c["median_ms"] for k, c in entry["contestants"].items() if k != OURS and "median_ms" in c}
+    return min(timed.items(), key=lambda item: item[1]) if timed else None
+
+
+def best_peer(entry: dict) -> tuple[str, float] | None:
+    """The fastest library that is right; on single operators, plain torch is the peer."""
+    timed = {
+        k: c["median_ms"]
+        for k, c in entry["contestants"].items()
+        if k not in (OURS, "plain torch") and "median_ms" in c
+    }
+    return min(timed.items(), key=lambda item: item[1]) if timed else None
+
+
+def table(entry: dict) -> str:
+    if "error" in entry:
+        return f"### {entry['title']}\n\nfails: {entry['error']}\n"
+    floor, mine = entry["floor_ms"], entry["contestants"].get(OURS, {}).get("median_ms")
+    lines = [
+        f"### {entry['title']}",
+        "",
+        f"floor {floor:.3g} ms (products {entry['compute_ms']:.3g}, result to memory {entry['memory_ms']:.3g}); "
+        f"aim: {entry['target']} times the best peer",
+        "",
+        "| | ms, median | min | spread | of ours | of floor | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = sorted(entry["contestants"].items(), key=lambda item: item[1].get("median_ms", float("inf")))
+    for label, c in order:
+        if "median_ms" not in c:
+            lines.append(f"| {label} | {c['check']} | | | | | | |")
+            continue
+        ratio = f"{c['median_ms'] / mine:.2f}" if mine else ""
+        memory = f"{c['peak_MiB']:.0f}" if "peak_MiB" in c else ""
+        lines.append(
+            f"| {label} | {c['median_ms']:.3g} | {c['min_ms']:.3g} | {c['spread']:.0%} | {ratio} | "
+            f"{c['median_ms'] / floor:.1f} | {memory} | {c['check']} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def summary(results: dict) -> str:
+    """One line for each workload."""
+    lines = [
+        "| workload | ours, ms | floor, ms | ours / floor | plain torch, ms | best peer, ms | best peer / ours | aim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in results["workloads"]:
+        ours = entry.get("contestants", {}).get(OURS, {})
+        if "median_ms" not in ours:
+            lines.append(f"| {entry['title']} | {ours.get('check', entry.get('error', ''))} | | | | | | |")
+            continue
+        mine, floor = ours["median_ms"], entry["floor_ms"]
+        plain = entry["contestants"].get("plain torch", {}).get("median_ms")
+        peer = best_peer(entry)
+        lines.append(
+            f"| {entry['title']} | {mine:.3g} | {floor:.3g} | {mine / floor:.1f} | {f'{plain:.3g}' if plain else ''} | "
+            f"{f'{peer[1]:.3g} ({peer[0]})' if peer else 'none is right'} | "
+            f"{f'**{peer[1] / mine:.2f}**' if peer else ''} | {entry['target']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Bars against the floor, one panel for each workload."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [e for e in results["workloads"] if any("median_ms" in c for c in e.get("contestants", {}).values())]
+    if not entries:
+        return
+    columns = min(3, len(entries))
+    rows = -(-len(entries) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 2.3 * rows), squeeze=False)
+    for axis in axes.flat[len(entries) :]:
+        axis.axis("off")
+    for axis, entry in zip(axes.flat, entries):
+        timed = [(k, c["median_ms"]) for k, c in entry["contestants"].items() if "median_ms" in c]
+        timed.sort(key=lambda item: -item[1])
+        colours = ["#c44e52" if k == OURS else "#8c8c8c" if k == "plain torch" else "#4c72b0" for k, _ in timed]
+        axis.barh([k for k, _ in timed], [t for _, t in timed], color=colours)
+        axis.axvline(entry["floor_ms"], color="black", linestyle=":", linewidth=1.2)
+        axis.set_xscale("log")
+        axis.set_xlim(left=min(entry["floor_ms"], timed[-1][1]) / 2)
+        axis.set_title(entry["title"], fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.suptitle(
+        f"milliseconds (log scale), dotted: floor; {results['machine']['processor']}, "
+        f"{results['machine']['threads']} threads, {results['machine']['date']}", fontsize=9,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
