@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import indices, normal, uniform
-from loss_oracle import check
 from torch import Tensor, nn
 
+from tests.losses.loss_cases import indices, normal, uniform
+from tests.losses.loss_oracle import check
 from torch_curvature.losses import interpret
 from torch_curvature.losses.generic import GenericLoss
 

@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from loss_cases import CASES, GRID, IDS, Case
-from loss_oracle import block_diagonal, full_gradient, full_hessian, sum_of_columns
 
+from tests.losses.loss_cases import CASES, GRID, IDS, Case
+from tests.losses.loss_oracle import block_diagonal, full_gradient, full_hessian, sum_of_columns
 from torch_curvature.losses import interpret
 from torch_curvature.losses.functional import CLOSED_FORMS
 from torch_curvature.losses.generic import GenericLoss

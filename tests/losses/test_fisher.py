@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import WEIGHT, indices, normal, uniform
-from loss_oracle import block_diagonal, sum_of_columns
 from torch import Tensor, nn
 
+from tests.losses.loss_cases import WEIGHT, indices, normal, uniform
+from tests.losses.loss_oracle import block_diagonal, sum_of_columns
 from torch_curvature import reference
 from torch_curvature.losses import interpret
 

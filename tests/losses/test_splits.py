@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import GRID, IDS, Case, indices, normal
-from loss_oracle import full_gradient, sum_of_columns
 from torch import Tensor
 
+from tests.losses.loss_cases import GRID, IDS, Case, indices, normal
+from tests.losses.loss_oracle import full_gradient, sum_of_columns
 from torch_curvature.losses import interpret
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
