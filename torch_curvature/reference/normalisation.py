@@ -59,9 +59,7 @@ def denominator(loss_fn: LossFunction, outputs: Tensor, targets: Any) -> Tensor:
         mean = output_gradient(loss_fn, point, targets)
         total = output_gradient(summed(loss_fn), point, targets)
         if mean.isnan().any() or loss_value(loss_fn, point, targets).isnan():
-            raise ValueError(
-                "the mean loss is not a number: no valid target in the batch, or outputs out of range"
-            )
+            raise ValueError("the mean loss is not a number: no valid target in the batch, or outputs out of range")
         if mean.any():
             ratio = (mean * total).sum() / mean.square().sum()
             tolerance = 1e-9 if mean.dtype == torch.float64 else 1e-3
