@@ -42,13 +42,20 @@ class Batch:
         assert self.backpropagation is not None
         for columns, sign in self._scaled_columns():
             derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
-            yield self.backpropagation.each(derivatives, columns), sign
+            yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns)), sign
 
     def chunks(self) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
         """Pairs (factors by parameter name, sign [V, N] or None)."""
         assert self.backpropagation is not None
         for columns, sign in self._scaled_columns():
-            yield self.backpropagation.factors(columns), sign
+            yield {n: self._cast(f) for n, f in self.backpropagation.factors(columns).items()}, sign
+
+    def _cast(self, factor: Factor) -> Factor:
+        """In the matrix's dtype, where the parameters have several."""
+        dtype = self.matrix.dtype
+        if factor.g.dtype != dtype:
+            factor.g, factor.a = factor.g.to(dtype), None if factor.a is None else factor.a.to(dtype)
+        return factor
 
     def _scaled_columns(self) -> Columns:
         assert self.backpropagation is not None

@@ -61,14 +61,15 @@ def kronecker_of(matrix: Any, sharing: str) -> dict[str, tuple[Tensor, Tensor]]:
                         factor.rows,
                     )
                 B = _output_factor(factor, sign, matrix.budget.working_bytes())
+                count = 1 if factor.a is None else factor.a.shape[0] * factor.a.shape[1]
                 if key not in sums:
-                    sums[key] = [_input_factor(factor, ones).mul_(0), B]
-                    rows_seen[key] = 0
-                else:
-                    sums[key][1] += B
+                    sums[key] = [_input_factor(factor, ones), B]
+                    rows_seen[key] = count
+                    continue
+                sums[key][1] += B
                 if first:
                     sums[key][0] += _input_factor(factor, ones)
-                    rows_seen[key] += 1 if factor.a is None else factor.a.shape[0] * factor.a.shape[1]
+                    rows_seen[key] += count
             first = False
     found = {}
     for key, (A, B) in sums.items():
