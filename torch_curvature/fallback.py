@@ -72,7 +72,7 @@ def _vectorised(
         pulled = torch.func.vmap(one_sample, in_dims=(1, *[0] * len(samples)), out_dims=1, randomness="error")(
             columns, *samples
         )
-    return {name: J.detach().flatten(2) for name, J in pulled.items()}
+    return {name: J.detach().reshape(*J.shape[:2], -1) for name, J in pulled.items()}
 
 
 def _one_by_one(

@@ -85,6 +85,14 @@ class SecondOrder:
         self._nodes: dict[int, Node] = {}
         self._batched = True
 
+    def has_break(self) -> bool:
+        """Whether a function of the model declares that it can be differentiated once only.
+
+        Autograd would take its first derivative for a constant without a word.
+        """
+        edges, gradients = self._first
+        return has_break([g for g in [*edges, *gradients.values()] if g is not None])
+
     @cached_property
     def _first(self) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         """``g`` at every edge and the gradient of every parameter, both with their graphs."""
@@ -322,6 +330,21 @@ class SecondOrder:
                 if d is not None:
                     parts.setdefault(e, []).append(self.read(e, d).transpose(0, 1))
         return {e: torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for e, pieces in parts.items()}
+
+
+def has_break(tensors: Sequence[Tensor]) -> bool:
+    """Whether a node that stands for a missing derivative is in the graph of one of the tensors."""
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            return True
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return False
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

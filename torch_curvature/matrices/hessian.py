@@ -20,7 +20,7 @@ from .blocks import normalised
 from .expansion import SymmetricSum
 from .products import as_vectors, like_given
 from .second_diagonal import add_diagonal
-from .symmetry import check_symmetry, explained
+from .symmetry import check_second_derivatives, explained
 
 # Plans with the groups of parameters whose terms between layers agreed with Hessian-vector products.
 TRUSTED: weakref.WeakKeyDictionary[nn.Module, list[tuple[Plan, tuple[str, ...], bool]]] = weakref.WeakKeyDictionary()
@@ -33,7 +33,7 @@ class SecondOrderMatrix(Matrix):
 
     def __init__(self, model: Any, loss_fn: Any, data: Any, *, check_symmetry: bool = True, **options: Any) -> None:
         super().__init__(model, loss_fn, data, **options)
-        self._to_check = check_symmetry
+        self._to_check, self._probed = check_symmetry, False
         self._distrusted: set[str] = set()
 
     def _recorder(self) -> Recorder:
@@ -56,9 +56,9 @@ class SecondOrderMatrix(Matrix):
                 self.budget.working_bytes(),
                 partial(explained, batch),
             )
-            if self._to_check:
-                check_symmetry(second, self.curved, batch)
-                self._to_check = False
+            if not self._probed:
+                check_second_derivatives(second, self.curved, batch, self._to_check)
+                self._probed = True
             yield batch, second
 
     # ------------------------------------------------------------------ representations

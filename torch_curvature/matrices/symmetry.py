@@ -15,17 +15,22 @@ from ..capture import observation
 from ..layers.twice import TWICE_DIFFERENTIABLE
 from ..plan import TOLERANCE
 from ..recorder import Recorder, UnsupportedModelError
-from ..second_order import SecondOrder
+from ..second_order import SecondOrder, has_break
 
+ONCE = "a backward that is marked as once differentiable"
 MISSING = ("not implemented", "differentiate twice", "does not require grad", "not differentiable twice")
 
 
-def check_symmetry(second: SecondOrder, curved: bool, batch: Any) -> None:
-    """Probe one batch.
+def check_second_derivatives(second: SecondOrder, curved: bool, batch: Any, probe: bool) -> None:
+    """Look for functions that can be differentiated only once; with ``probe`` compare ``v . H w`` with ``w . H v``.
 
     Raises:
-        UnsupportedModelError: the products differ by more than rounding; names the module.
+        UnsupportedModelError: there is one, or the products differ by more than rounding; names the module.
     """
+    if second.has_break():
+        raise _no_second_derivative(batch, ONCE)
+    if not probe:
+        return
     parameters = second.parameters
     generator = torch.Generator().manual_seed(90210)
     directions = {
@@ -39,7 +44,7 @@ def check_symmetry(second: SecondOrder, curved: bool, batch: Any) -> None:
     dtype = min([second.captured.outputs.dtype, *(p.dtype for p in parameters.values())], key=lambda d: d.itemsize)
     if (there - back).abs() <= TOLERANCE[dtype] * size:
         return
-    where = _suspects(batch) or _worst_pair(directions, found)
+    where = _suspects(batch) or _worst_pair(second, curved, directions)
     raise UnsupportedModelError(
         f"the second derivatives that torch gives for this model are wrong: v . H w = {float(there):.6g} but w . H v = "
         f"{float(back):.6g}, and a Hessian is symmetric. {where}. Write the function out in simpler operations, or "
@@ -47,13 +52,18 @@ def check_symmetry(second: SecondOrder, curved: bool, batch: Any) -> None:
     )
 
 
-def _worst_pair(directions: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """No module alone fails: the parameters by whose products the symmetry is missed most."""
-    miss = {
-        n: float((d[0].reshape(-1) @ found[n][1] - d[1].reshape(-1) @ found[n][0]).abs()) for n, d in directions.items()
-    }
-    names = sorted(miss, key=lambda n: -miss[n])[:2]
-    return f"No single module is to blame; the parameters where it shows most are {names}"
+def _worst_pair(second: SecondOrder, curved: bool, directions: dict[str, Tensor]) -> str:
+    """No module alone fails: the pair of parameters whose block and its transpose differ most."""
+    names = list(directions)
+    found = {n: second.products({n: directions[n]}, names, curved) for n in names}
+    worst, pair = -1.0, (names[0], names[0])
+    for i, a in enumerate(names):
+        for b in names[i:]:
+            there = directions[b][1].reshape(-1).to(found[a][b]) @ found[a][b][0]
+            back = directions[a][0].reshape(-1).to(found[b][a]) @ found[b][a][1]
+            if float((there - back).abs()) > worst:
+                worst, pair = float((there - back).abs()), (a, b)
+    return f"No single module is to blame; it shows most between the parameters {pair[0]!r} and {pair[1]!r}"
 
 
 def explained(batch: Any, error: Exception) -> Exception | None:
@@ -61,10 +71,13 @@ def explained(batch: Any, error: Exception) -> Exception | None:
     text = str(error)
     if not any(phrase in text for phrase in MISSING):
         return None
+    return _no_second_derivative(batch, text.splitlines()[0])
+
+
+def _no_second_derivative(batch: Any, reason: str) -> UnsupportedModelError:
     where = _suspects(batch) or "No single module of the model fails alone: look at the functions that it calls"
     return UnsupportedModelError(
-        f"the model has no second derivative in torch ({text.splitlines()[0]}). {where}. Write the function out in "
-        "simpler operations"
+        f"the model has no second derivative in torch ({reason}). {where}. Write the function out in simpler operations"
     )
 
 
@@ -125,6 +138,8 @@ def _fault(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -
         with torch.enable_grad():
             value = (output * torch.linspace(0.5, 1.5, output.numel()).to(output).view_as(output)).square().sum()
             first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+        if has_break([g for g in first if g is not None]):
+            return f"has none: {ONCE}"
         return _asymmetry(leaves, first)
     except (RuntimeError, NotImplementedError) as error:
         return f"has none: {str(error).splitlines()[0]}"
