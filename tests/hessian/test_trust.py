@@ -190,17 +190,22 @@ class Sine(nn.Module):
         return Once.apply(x)
 
 
-@pytest.mark.parametrize("what", ["dense", "blocks", "diagonal", "trace", "matmul", "split"])
-def test_a_wrong_second_derivative_is_found_and_its_module_named(what: str) -> None:
+USES = {
+    "dense": lambda *problem: tc.Hessian(*problem).dense(),
+    "blocks": lambda *problem: tc.Residual(*problem).blocks(),
+    "diagonal": lambda *problem: tc.Residual(*problem).diagonal(),
+    "trace": lambda *problem: tc.Hessian(*problem).trace(),
+    "product": lambda *problem: tc.Residual(*problem) @ torch.ones(39),
+    "split": lambda *problem: tc.hessian_split(*problem),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_wrong_second_derivative_is_found_and_its_module_named(use: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Gated(), nn.Linear(4, 3))
     data = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
     with pytest.raises(UnsupportedModelError, match=r"2 \(Gated\) has a wrong one.*check_symmetry=False"):
-        if what == "matmul":
-            tc.Residual(model, LOSS, data) @ torch.randn(39)
-        elif what == "split":
-            tc.hessian_split(model, LOSS, data)
-        else:
-            getattr(tc.Hessian(model, LOSS, data), what)()
+        USES[use](model, LOSS, data)
     assert tc.Hessian(model, LOSS, data, check_symmetry=False).dense().shape == (39, 39)
 
 
