@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Recorder(TorchFunctionMode):
         self.active = True
         self.on_record: Callable[[Tensor, int], None] | None = None
         self._covered: dict[int, Tensor] = {}  # outputs that are views of a parameter, and already a use of it
+        self._shared: dict[int, tuple[Tensor, int]] = {}  # looked-up rows and the index of their use
         self._suspended: list[set[int]] = []  # parameters that a module's own rule answers for
 
     @contextlib.contextmanager
@@ -99,6 +101,8 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if touched:
             self._record_call(func, args, kwargs, output, touched)
+        if self._shared and func in SUMS:
+            self._broadcast(args, output)
         return output
 
     def owner(self, tensor: Tensor) -> int | None:
@@ -161,9 +165,40 @@ class Recorder(TorchFunctionMode):
             self.record.uses.append(RecordedUse(use, name, edge, output.shape, *placed))
             self.record.signature.append((name, output.shape, placed, use.batch_axes))
             covered.append(owner)
+        if covered and self.record.uses[-1].use.is_lookup:
+            self._shared[id(output)] = (output, len(self.record.uses) - 1)
         if covered and output._base is not None and id(output._base) in self.names:
             self._covered[id(output)] = output
         return covered
+
+    def _broadcast(self, args: Any, output: Tensor) -> None:
+        """Rows of a table looked up once for all samples meet the samples when they are added to something larger.
+
+        From there on each sample has a derivative of its own: the use moves to the sum.  Should the rows be used
+        elsewhere too, the comparison with autograd's gradient fails and the parameter goes to the fallback.
+        """
+        for term in args:
+            shared = self._shared.pop(id(term), None)
+            if shared is None:
+                continue
+            extra = output.dim() - term.dim()
+            if extra <= 0 or output.shape[extra:] != term.shape or not output.requires_grad:
+                continue
+            recorded = self.record.uses[shared[1]]
+            activation = recorded.use.activation
+            assert activation is not None
+            copies = int(output.shape[:extra].numel())
+            use = replace(
+                recorded.use,
+                batch_axes=recorded.use.batch_axes + extra,
+                activation=partial(_repeated, activation, copies),
+            )
+            edge = len(self.record.edges)
+            self.record.edges.append(get_gradient_edge(output))
+            if self.on_record is not None:
+                self.on_record(output, edge)
+            self.record.uses[shared[1]] = replace(recorded, use=use, edge=edge, output_shape=output.shape)
+            self.record.signature.append(("broadcast", shared[1], output.shape))
 
     def module_hooks(self, model: nn.Module) -> list[Any]:
         """Hooks for the modules whose class has a rule; the caller removes them."""
@@ -189,6 +224,12 @@ class Recorder(TorchFunctionMode):
 
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         return handles
+
+
+def _repeated(activation: Callable[[], Tensor], copies: int) -> Tensor:
+    """[R, s, ...] for one sample -> [copies R, s, ...]."""
+    a = activation()
+    return a.expand(copies, *a.shape).reshape(-1, *a.shape[1:])
 
 
 def _carries_gradient(output: Any, alias: Callable[[Tensor], bool]) -> bool:
@@ -249,6 +290,8 @@ def _refuse_running_statistics(
             "instance normalisation in training mode would change its running statistics: call model.eval()"
         )
 
+
+SUMS = {torch.add, torch.Tensor.add}
 
 REFUSALS: dict[Callable[..., Any], Callable[..., None]] = {
     F.batch_norm: _refuse_batch_statistics,

@@ -533,9 +533,29 @@ class GPTBlock(nn.Module):
         return self.head(x).transpose(1, 2)
 
 
-@case("GPT block", tokens(3, 5), fallback=("position.weight",))
+@case("GPT block", tokens(3, 5))
 def _() -> nn.Module:
     return GPTBlock(4, 2, 3, 5)
+
+
+@case("rows looked up for all samples and used twice", features(3, 4), fallback=("table.weight",))
+def _() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        rows = m.table(torch.arange(3))
+        return m.last(torch.tanh(x + rows) * rows).sum(1)
+
+    return Function(run, table=nn.Embedding(5, 4), last=nn.Linear(4, 3))
+
+
+@case("positions cut from a longer table", features(3, 4))
+def _() -> nn.Module:
+    return Function(
+        lambda m, x: m.last(torch.tanh(torch.add(m.rows(torch.arange(3)), x + m.one[:3] + m.two[:, :3]))).sum(1),
+        rows=nn.Embedding(3, 4),
+        one=parameter(5, 4),
+        two=parameter(1, 4, 4),
+        last=nn.Linear(4, 3),
+    )
 
 
 @case("class token, positions, layer scale", features(3, 4))

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torch_curvature as tc
 from torch_curvature import reference
+from torch_curvature.backprop import Backpropagation
+from torch_curvature.matrices.dual import _tiles, frobenius_from_gram, gather
 
 from .models import Function
 
@@ -191,13 +193,20 @@ def test_loader_equals_concatenated_data() -> None:
 
 
 @pytest.mark.parametrize("name", ["cross entropy", "cross entropy, tokens, padding", "any callable"])
-def test_columns_in_chunks(name: str) -> None:
+def test_columns_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small memory budget splits the columns and the samples; the results are the same."""
     make_loss, make_model, make_inputs, make_targets = LOSSES[name]
     loss, model, x, y = make_loss("mean"), make_model(), make_inputs(), make_targets()
     truth = reference.gauss_newton(model, loss, (x, y))
+    widths: list[int] = []
+    to_edges = Backpropagation.to_edges
+    monkeypatch.setattr(Backpropagation, "to_edges", lambda b, s: widths.append(len(s)) or to_edges(b, s))
     small = tc.GaussNewton(model, loss, [(x, y)], memory_budget=2e-5)
+    small.diagonal()
+    widths.clear()  # of the check on the first batch
     close(small.dense(), truth)
+    assert len(widths) > 1
+    assert max(widths) < 4
     close(torch.cat([b.diagonal() for b in small.blocks("module").values()]), truth.diagonal())
     close(torch.cat([d.flatten() for d in small.diagonal().values()]), truth.diagonal())
     V = torch.randn(len(truth), 20)
@@ -208,6 +217,10 @@ def test_columns_in_chunks(name: str) -> None:
         close(B, whole.kronecker()[key][1])
     if name != "any callable":
         close(tc.GaussNewton(model, loss, [(x, y)], memory_budget=4e-5).gram(), whole.gram())
+    tiled = tc.GaussNewton(model, loss, [(x, y)], memory_budget=1e-6)
+    tiled.budget.require = lambda *args: None  # the dual in tiles, whatever its size
+    close(frobenius_from_gram(tiled), truth.norm())
+    assert len(_tiles(next(iter(gather(tiled, "gram")))[0], 4)) > 1
     J = tc.Jacobian(model, x, memory_budget=2e-4)
     close(J.dense(), reference.jacobian(model, x))
 

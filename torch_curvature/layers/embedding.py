@@ -34,4 +34,4 @@ def embedding(
             return flat
         return flat.masked_fill(flat == padding_idx % weight.shape[0], -1)
 
-    yield Use(weight, input.dim(), positions_last, index, transposed=True)
+    yield Use(weight, input.dim(), positions_last, index, transposed=True, is_lookup=True)

@@ -36,6 +36,7 @@ class Use:
         activation: gives a [R, s, I], or integers [R, s] where a is one-hot (negative: no row at all); None for
             a = 1 with I = 1: then g is the Jacobian, O counts the entries of the parameter.
         transposed: the parameter is stored as [I, O] instead of [O, I].
+        is_lookup: rows of a table that may have been looked up once for all samples.
     """
 
     parameter: Tensor
@@ -43,6 +44,7 @@ class Use:
     gradient: Callable[[Tensor], Tensor] | None = None
     activation: Callable[[], Tensor] | None = None
     transposed: bool = False
+    is_lookup: bool = False
 
 
 FUNCTION_RULES: dict[Callable[..., Any], Rule] = {}

@@ -83,16 +83,35 @@ def between(left: list[Kept], right: list[Kept]) -> Tensor:
 
 
 def frobenius_from_gram(matrix: Any) -> Tensor:
-    """``|sum_i sign_i j_i j_i^T|_F^2 = sum_ik sign_i sign_k (j_i . j_k)^2``."""
+    """``|sum_i sign_i j_i j_i^T|_F^2 = sum_ik sign_i sign_k (j_i . j_k)^2``, tile by tile."""
     kept = [chunk for chunks in gather(matrix, "frobenius_norm") for chunk in chunks]
+    side = max(1, int((matrix.budget.working_bytes() // (8 * matrix.dtype.itemsize)) ** 0.5))
+    tiles = [tile for chunk in kept for tile in _tiles(chunk, side)]
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for i, (V, N, left, sign) in enumerate(kept):
-        for j in range(i, len(kept)):
-            V2, N2, right, sign2 = kept[j]
-            square = inner_products(left, right).square()
+    for i, (V, N, left, sign) in enumerate(tiles):
+        for j in range(i, len(tiles)):
+            V2, N2, right, sign2 = tiles[j]
+            square = inner_products(left, right).square_()
             if sign is not None:
-                square = square * sign.view(V, N, 1, 1)
+                square *= sign.view(V, N, 1, 1)
             if sign2 is not None:
-                square = square * sign2.view(1, 1, V2, N2)
+                square *= sign2.view(1, 1, V2, N2)
             total = total + square.sum(dtype=torch.float64) * (1 if i == j else 2)
     return (total.clamp(min=0).sqrt() / matrix._denominator).to(matrix.dtype)
+
+
+def _tiles(chunk: Kept, side: int) -> list[Kept]:
+    """A chunk cut along the samples, at most ``side`` columns each (at least those of one sample)."""
+    V, N, factors, sign = chunk
+    step = max(1, side // V)
+    if step >= N:
+        return [chunk]
+    return [
+        (
+            V,
+            min(step, N - n),
+            {name: f.samples(n, n + step) for name, f in factors.items()},
+            None if sign is None else sign[:, n : n + step],
+        )
+        for n in range(0, N, step)
+    ]

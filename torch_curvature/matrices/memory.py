@@ -57,4 +57,4 @@ class Budget:
 
     def working_bytes(self) -> int:
         """For columns in flight: a quarter of the user's limit, 1 GiB without."""
-        return GIB if self.limit is None else max(1 << 20, self.limit // 4)
+        return GIB if self.limit is None else max(1 << 10, self.limit // 4)
