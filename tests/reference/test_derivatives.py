@@ -193,8 +193,19 @@ def test_gauss_newton_of_a_loss_that_is_not_convex_is_what_it_is() -> None:
     )
 
 
+class Counts(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(input)
+
+
 def test_nothing_is_left_on_the_model() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    model[1] = nn.Sequential(model[1], Counts())
     model[0].weight.grad = torch.ones(4, 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
