@@ -88,3 +88,12 @@ def count_hessian(p: Problem) -> tuple[float, float]:
         for _, _, O2, I2, _ in found[i + 1 :]:
             flops += 4.0 * n * O * I * O2 * I2
     return flops, float(p.size**2 * p.x.element_size())
+
+
+def count_hessian_blocks(p: Problem) -> tuple[float, float]:
+    """Only the blocks of the layers: no products of pairs of different layers."""
+    found = list(layers(p))
+    forward = sum(2.0 * N * S * O * I for N, S, O, I, _ in found)
+    flops = sum(O for _, _, O, _, _ in found) * 2 * forward
+    flops += sum(2.0 * n * _pairs(O) * _pairs(I) for n, _, O, I, _ in found)
+    return flops, float(sum((O * I) ** 2 for _, _, O, I, _ in found) * p.x.element_size())

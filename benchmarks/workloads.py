@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import operators, ours, peers, problems
-from .counting import count, count_hessian
+from . import hessians, operators, ours, peers, problems
+from .counting import count, count_hessian, count_hessian_blocks
 from .ours import Contestant
 from .problems import Problem
 
@@ -125,6 +125,18 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
             "torch.func.hessian": peers.func_hessian,
             "jacrev(grad), chunked": peers.chunked_hessian,
             "curvlinops": peers.curvlinops_hessian,
+            "nngeometry": hessians.nngeometry_dense,
+            "asdfghjkl": hessians.asdl_dense,
+        },
+    ),
+    "hessian-blocks": (
+        hessians.reference_blocks,
+        {
+            OURS: ours.hessian_blocks,
+            "torch.func.hessian": hessians.func_blocks,
+            "jacrev(grad), chunked": hessians.chunked_blocks,
+            "curvlinops": hessians.curvlinops_blocks,
+            "asdfghjkl": hessians.asdl_blocks,
         },
     ),
 }
@@ -133,7 +145,8 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
 def _case(kind: str, N: int, quantity: str, device: torch.device) -> Case:
     p = problems.make(kind, N, device)
     reference, makers = QUANTITIES[quantity]
-    flops, moved = count_hessian(p) if quantity == "hessian" else count(p, quantity)
+    counted = {"hessian": count_hessian, "hessian-blocks": count_hessian_blocks}.get(quantity)
+    flops, moved = counted(p) if counted else count(p, quantity)
     contestants = {label: (lambda maker=maker: maker(p)) for label, maker in makers.items()}
     return Case(contestants, lambda: reference(p.to(torch.float64)), flops, moved)
 
@@ -172,6 +185,8 @@ WORKLOADS = [
     _workload("product", "cnn", 128, f"Gauss-Newton product G v, {CNN}", "1.3"),
     _workload("hessian", "tanh16", 256, "Hessian, dense, tanh MLP 16-32-32-10, N=256", "20"),
     _workload("hessian", "tanh64", 512, "Hessian, dense, tanh MLP 64-64-32-10, N=512", "20", False),
+    _workload("hessian-blocks", "tanh16", 256, "Hessian blocks, tanh MLP 16-32-32-10, N=256", "20"),
+    _workload("hessian-blocks", "tanh64", 512, "Hessian blocks, tanh MLP 64-64-32-10, N=512", "20", False),
     *(
         Workload(o.name, o.title, o.target, lambda device, o=o: Case(*o.build(device)), o.quick)
         for o in operators.WORKLOADS
