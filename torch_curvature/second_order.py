@@ -242,7 +242,7 @@ class SecondOrder:
         Pairs that vanish identically are left out.
         """
         root = self._first[0][edge]
-        if root is None or not others:
+        if root is None or not others or (root.grad_fn is None and not curved):
             return {}
         edges, N, Z = self.captured.record.edges, self.captured.samples, self.width(edge)
         step = self.columns_at_once(sum(self.width(e) for e in others) * N)
@@ -338,7 +338,7 @@ def has_break(tensors: Sequence[Tensor]) -> bool:
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node.name() == "torch::autograd::Error":
+        if type(node).__name__ == "Error":
             return True
         for after, _ in node.next_functions:
             if after is not None and after not in seen:

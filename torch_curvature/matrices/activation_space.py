@@ -32,6 +32,7 @@ class Contributions:
         self.second = second
         self.curved = curved
         self.columns = columns
+        self._latest: tuple[tuple[int, ...], dict[int, Tensor]] = ((), {})  # the next group may be of the same layer
         self._arrived: dict[int, Tensor] | None = None
         self._signs: Tensor | None = None
 
@@ -84,6 +85,14 @@ class Contributions:
         return self.second.through_rule(node, M.transpose(0, 1)).flatten(2).transpose(0, 1)
 
     def _hessians(self, edge: int, others: list[int]) -> dict[int, Tensor]:
+        """{other: [N, Z_edge, Z_other]}."""
+        key = (edge, *others)
+        if self._latest[0] != key:
+            self._latest = (), {}
+            self._latest = key, self._computed(edge, others)
+        return self._latest[1]
+
+    def _computed(self, edge: int, others: list[int]) -> dict[int, Tensor]:
         found = self.second.hessians(edge, others, self.curved and self.columns is None)
         if not self.curved or self.columns is None:
             return found
