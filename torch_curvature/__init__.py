@@ -18,7 +18,7 @@ except ImportError as error:
         "    make build                                (the same, for the checkout's own .venv)"
     ) from error
 
-from . import ops, reference
+from . import losses, ops, reference
 from .composition import compose, compose_hessian, compose_jacobian
 from .layers import Use, register_rule
 from .matching import MatchingLoss, is_matching, softmax_jacobian
@@ -43,6 +43,7 @@ __all__ = [
     "hessian_split",
     "inner",
     "is_matching",
+    "losses",
     "ops",
     "outer",
     "reference",
