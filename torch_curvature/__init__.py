@@ -24,6 +24,7 @@ from .layers import Use, register_rule
 from .matching import MatchingLoss, is_matching, softmax_jacobian
 from .matrices import EmpiricalFisher, Fisher, GaussNewton, Hessian, HessianSplit, Jacobian, Residual, hessian_split
 from .products import frobenius_inner, inner, outer, tensor_product
+from .recorder import UnsupportedModelError
 from .tracking import track
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Jacobian",
     "MatchingLoss",
     "Residual",
+    "UnsupportedModelError",
     "Use",
     "compose",
     "compose_hessian",

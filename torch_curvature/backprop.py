@@ -69,7 +69,7 @@ class Backpropagation:
             verify(self)
             if len(known) >= 64:
                 known.clear()
-            if plan.conclusive:
+            if plan.conclusive and not record.reorders:
                 known[key] = plan
         return plan
 

@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .layers import FUNCTION_RULES, MODULE_RULES, OPENED, WRITTEN_OUT, Use
-
-
-class UnsupportedModelError(RuntimeError):
-    """The model has no well-defined per-sample derivatives as it stands; the message says what to change."""
+from .layers.watched import REFUSALS, REORDERING, SUMS, indexes_by_data
+from .layers.watched import UnsupportedModelError as UnsupportedModelError
 
 
 @dataclass(slots=True)
@@ -49,12 +46,14 @@ class Record:
         edges: gradient edges of the recorded layer outputs (they survive in-place activations).
         escaped: names of parameters that went into a function without a rule.
         signature: what was called on what, hashable; the same signature means the same plan.
+        reorders: something was indexed or sorted by data, so that the same signature need not mean the same plan.
     """
 
     uses: list[RecordedUse] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
     escaped: set[str] = field(default_factory=set)
     signature: list[Any] = field(default_factory=list)
+    reorders: bool = False
 
 
 class Recorder(TorchFunctionMode):
@@ -103,6 +102,10 @@ class Recorder(TorchFunctionMode):
             self._record_call(func, args, kwargs, output, touched)
         if self._shared and func in SUMS:
             self._broadcast(args, output)
+        if self._covered and isinstance(output, Tensor) and any(id(x) in self._covered for x in args):
+            self._covered[id(output)] = output  # a view of an expanded parameter is no new use of the parameter
+        if func in REORDERING:
+            self.record.reorders = self.record.reorders or indexes_by_data(func, args)
         return output
 
     def owner(self, tensor: Tensor) -> int | None:
@@ -255,45 +258,3 @@ def _placement(use: Use) -> tuple[bool, int, int] | None:
     if used.dim() == 2 and used.mT.is_contiguous() and use.activation is not None:
         return not use.transposed, start, int(used.numel())
     return None
-
-
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *rest: Any,
-    **options: Any,
-) -> None:
-    if training:
-        raise UnsupportedModelError(
-            "batch normalisation with batch statistics mixes the samples of a batch, so that no sample has a gradient "
-            "of its own: call model.eval() (with track_running_stats=True) before asking for its curvature, or use "
-            f"GroupNorm or LayerNorm. Found at an input of shape {tuple(input.shape)}"
-        )
-
-
-def _refuse_running_statistics(
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    use_input_stats: bool = True,
-    *rest: Any,
-    **options: Any,
-) -> None:
-    if use_input_stats and running_mean is not None:
-        raise UnsupportedModelError(
-            "instance normalisation in training mode would change its running statistics: call model.eval()"
-        )
-
-
-SUMS = {torch.add, torch.Tensor.add}
-
-REFUSALS: dict[Callable[..., Any], Callable[..., None]] = {
-    F.batch_norm: _refuse_batch_statistics,
-    F.instance_norm: _refuse_running_statistics,
-}

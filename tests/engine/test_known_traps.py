@@ -202,6 +202,29 @@ def test_control_flow_that_changes_with_the_data_is_seen() -> None:
     close(tc.GaussNewton(model, loss, [(x[:3], y[:3]), (x[3:], y[3:])]).dense(), parts[0] + parts[1])
 
 
+def test_an_order_that_depends_on_the_data_is_checked_on_every_batch() -> None:
+    """Sorted first batch, unsorted second: at the layer the samples stand in another order than at the output."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        h = torch.tanh(m.first(x[order]))
+        return m.last(h[order.argsort()]) * x[:, :1]
+
+    model = Function(run, first=nn.Linear(3, 4), last=nn.Linear(4, 4))
+    x, y = torch.randn(8, 3), torch.randint(0, 4, (8,))
+    x[:4] = x[:4][x[:4, 0].argsort()]
+    x[4:] = x[4:][x[4:, 0].argsort(descending=True)]
+    loss = nn.CrossEntropyLoss()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    close(tc.GaussNewton(model, loss, batches).dense(), reference.gauss_newton(model, loss, (x, y)))
+    per_sample = reference.per_sample_gradients(model, loss, (x[4:], y[4:]))
+    for part in (batches[0], batches[1]):
+        with tc.track(model) as t:
+            loss(model(part[0]), part[1]).backward()
+    for name, gradient in t.gradients().items():
+        close(gradient, per_sample[name])
+
+
 def test_what_vanishes_on_the_first_call_is_checked_again() -> None:
     """With a zero last layer nothing arrives below it, and nothing can be learnt about the layout there."""
     model = Function(

@@ -29,6 +29,8 @@ def elementwise(output: Tensor, parameter: Any, factor: Tensor | None) -> Iterat
     if axes == 0:
         return
     own = parameter.shape[axes - (output.dim() - parameter.dim()) :]
+    if any(size not in (1, full) for size, full in zip(own, output.shape[axes:])):
+        return  # repeated in another way than by broadcasting
 
     def gradient(dz: Tensor) -> Tensor:
         if factor is not None:
@@ -46,6 +48,14 @@ def addition(output: Tensor, input: Any, other: Any, **scale: Any) -> Iterator[U
         yield from elementwise(output, other, None)
 
 
+@register_rule(torch.sub)
+@register_rule(torch.Tensor.sub)
+def subtraction(output: Tensor, input: Any, other: Any, **scale: Any) -> Iterator[Use]:
+    if not scale:
+        yield from elementwise(output, input, None)
+        yield from elementwise(output, other, output.new_full((), -1))
+
+
 @register_rule(torch.mul)
 @register_rule(torch.Tensor.mul)
 def multiplication(output: Tensor, input: Any, other: Any) -> Iterator[Use]:
@@ -55,6 +65,7 @@ def multiplication(output: Tensor, input: Any, other: Any) -> Iterator[Use]:
 
 
 @register_rule(torch.Tensor.expand)
+@register_rule(torch.Tensor.repeat)
 def expansion(output: Tensor, input: Tensor, *sizes: Any, **options: Any) -> Iterator[Use]:
     """A token repeated for every sample: its uses are all downstream of the expanded tensor."""
     return elementwise(output, input, None)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
+from ..capture import capture
 from ..plan import TOLERANCE
 from ..tangents import double_backward_product, pull_back, push_forward
 from .blocks import normalised
@@ -78,20 +80,29 @@ def multiply(matrix: Any, vector: Any) -> Any:
 def _product(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tensor) -> Tensor:
     """One batch's ``J^T h J v``; ``(h J v) . (J v) = (J^T h J v) . v`` must hold, whichever way J v was computed."""
     w = matrix._output_product(batch, batch.tangent.unsqueeze(0))[0]
-    result = pull_back(batch.captured, matrix.parameters, w, matrix.dtype)
+    result = pulled(matrix, batch, w)
     ahead, back = (w * batch.tangent).sum(), result @ vector
     size = w.norm() * batch.tangent.norm() + result.norm() * vector.norm()
     if not (ahead - back).abs() <= TOLERANCE[batch.captured.outputs.dtype] * size:
         tangent = double_backward_product(batch.captured, matrix.parameters, tangents)
         w = matrix._output_product(batch, tangent.unsqueeze(0))[0]
-        result = pull_back(batch.captured, matrix.parameters, w, matrix.dtype)
+        result = pulled(matrix, batch, w)
     return result * batch.scale**2
+
+
+def pulled(matrix: Any, batch: Any, u: Tensor) -> Tensor:
+    """``J^T u`` of a batch that was pushed forward."""
+    try:
+        return pull_back(batch.captured, matrix.parameters, u, matrix.dtype)
+    except CheckpointError:  # what is recomputed has no tangents: observe the batch again, without
+        batch.captured = capture(matrix.model, matrix.forward, batch.captured.batch, matrix.parameters)
+        return pull_back(batch.captured, matrix.parameters, u, matrix.dtype)
 
 
 def checked_tangent(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tensor) -> Tensor:
     """``J v`` of one batch; ``(J v) . (J v) = (J^T J v) . v`` must hold, else it is computed by double backward."""
     tangent: Tensor = batch.tangent
-    back = pull_back(batch.captured, matrix.parameters, tangent, matrix.dtype)
+    back = pulled(matrix, batch, tangent)
     error = (tangent.square().sum() - back @ vector).abs()
     size = tangent.square().sum() + back.norm() * vector.norm()
     if error <= TOLERANCE[batch.captured.outputs.dtype] * size:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .case import Function, case, features, parameter, tokens
 
@@ -156,11 +157,7 @@ def _() -> nn.Module:
     )
 
 
-@case(
-    "attention with added keys and a mask",
-    features(3, 4),
-    fallback=("attention.bias_k", "attention.bias_v"),
-)
+@case("attention with added keys and a mask", features(3, 4))
 def _() -> nn.Module:
     return Function(
         lambda m, x: m.last(m.attention(x, x * 2, x, attn_mask=m.mask)[0]).mean(1),
@@ -230,6 +227,34 @@ def _() -> nn.Module:
         rows=nn.Embedding(3, 4),
         one=parameter(5, 4),
         two=parameter(1, 4, 4),
+        last=nn.Linear(4, 3),
+    )
+
+
+@case("latent queries, expanded and repeated", features(3, 4))
+def _() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        first = m.one.unsqueeze(0).expand(x.shape[0], -1, -1)
+        second = m.two.repeat(x.shape[0], 1, 1)
+        mixed = m.attention(first, x - m.mean, x)[0] + m.attention(second, x, torch.sub(m.mean, x))[0]
+        return m.last(mixed).mean(1)
+
+    return Function(
+        run,
+        one=parameter(2, 4),
+        two=parameter(1, 2, 4),
+        mean=parameter(4),
+        attention=nn.MultiheadAttention(4, 2, batch_first=True),
+        last=nn.Linear(4, 3),
+    )
+
+
+@case("activation checkpointing", features(4))
+def _() -> nn.Module:
+    return Function(
+        lambda m, x: m.last(checkpoint(m.body, m.first(x), use_reentrant=False)),
+        first=nn.Linear(4, 4),
+        body=nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh()),
         last=nn.Linear(4, 3),
     )
 
