@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..factors import CACHE_ELEMENTS, mirror_upper, samples_per_chunk
 from ..ops import kronecker_sum
 from ..second_order import Node
+from .memory import large_matrix
 
 Cross = tuple[Tensor, Tensor]  # g [N, S, O] of the later use, D [N, (t, j), (s, o)]
 Scratch = Callable[[int, int, torch.dtype], "Tensor | None"]
@@ -214,7 +215,7 @@ class SymmetricSum:
                 self.total = block
                 self._known.add((row, column))
                 return
-            self.total = self.like.new_empty(self.size, self.size)
+            self.total = large_matrix(self.size, self.size, self.like)
         target = self.total[self.place[row], self.place[column]]
         if (row, column) in self._known:
             target += block
