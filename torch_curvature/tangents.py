@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +43,19 @@ class TangentRecorder(Recorder):
         return value
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """What torch loads on first use; it warns of its own use of ``torch.jit`` then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
 def push_forward(
     model: nn.Module, forward: Forward, batch: Any, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
 ) -> tuple[Capture, Tensor]:
     """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
+    _load_forward_mode()
     try:
         with observation(model), forward_ad.dual_level():
             captured = capture(model, forward, batch, parameters, TangentRecorder(parameters, tangents))
