@@ -53,7 +53,8 @@ def extension() -> dict:
         import pybind11
         import torch
     except ImportError:
-        if {"sdist", "egg_info", "dist_info", "clean"} & set(sys.argv):
+        # Metadata of a wheel is refused too: pip asks for it first, and would fetch torch before it builds.
+        if {"sdist", "egg_info", "clean"} & set(sys.argv):
             return {}
         sys.exit(NEEDS_TORCH)
     from torch.utils import cpp_extension
