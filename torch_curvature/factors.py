@@ -151,20 +151,33 @@ def activation_space_block(g: Tensor, g2: Tensor, sign: Tensor | None = None) ->
     return B
 
 
+def _ones(g: Tensor) -> Tensor:
+    """The input a = 1 that goes with a Jacobian in the place of g."""
+    return g.new_ones(1, 1, 1).expand(g.shape[1], 1, 1)
+
+
+def _as_g(factor: Factor) -> Tensor:
+    """The Jacobian formed, over all entries of the parameter: [V, N, 1, p], to go with a = 1."""
+    return factor.spread(factor.jacobian(), (2,))[:, :, None]
+
+
+def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
+    """Operands g and a of the operators."""
+    if factor.a is not None:
+        return factor.g, factor.a
+    g = factor.jacobian()[:, :, None]
+    return g, _ones(g)
+
+
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
-    if factor.a is None:
-        return factor.jacobian().square().sum(2)
-    return jacobian_norms(factor.g, factor.a)
+    return jacobian_norms(*_bare(factor))
 
 
 def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
     """``sum_vn sign[v,n] J[v,n]^2`` in the parameter's shape."""
-    if factor.a is None:
-        J = factor.jacobian()
-        square = J.square() if sign is None else J.square() * sign[..., None]
-        return factor.spread(square.sum((0, 1)), (0,)).reshape(factor.shape)
-    out = gauss_newton_diagonal(factor.g, factor.a, None if sign is None else sign.to(factor.g.dtype))
+    g, a = _bare(factor)
+    out = gauss_newton_diagonal(g, a, None if sign is None else sign.to(g.dtype))
     return factor.spread((out.T if factor.transposed else out).reshape(-1), (0,)).reshape(factor.shape)
 
 
@@ -193,13 +206,11 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
     With ``add_to`` they are added to it, and it is returned.
     """
     if left.a is None or right.a is None:
-        (V, N), (V2, N2) = left.g.shape[:2], right.g.shape[:2]
-        first = left.spread(left.jacobian(), (2,)).reshape(V * N, -1)
-        second = first if right is left else right.spread(right.jacobian(), (2,)).reshape(V2 * N2, -1)
-        if add_to is not None:
-            add_to.view(V * N, V2 * N2).addmm_(first, second.T)
-            return add_to
-        return (first @ second.T).view(V, N, V2, N2)
+        first = _as_g(left)
+        second = first if right is left else _as_g(right)
+        if right is left:
+            return jacobian_gram(first, _ones(first), add_to=add_to)
+        return jacobian_gram(first, _ones(first), second, _ones(second), add_to=add_to)
     a2 = right.a
     if left.rows is not None and right.rows is not None and left is not right:
         a2 = a2 @ (right.rows[:, None] == left.rows).to(a2.dtype)

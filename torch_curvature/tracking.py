@@ -233,8 +233,7 @@ class Track:
                     total = next(iter(left.values())).g.new_zeros(1, batches[i][0], 1, samples)
                 parts.append(total[0, :, 0])
             rows.append(parts)
-        full = rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
-        return torch.triu(full) + torch.triu(full, 1).T
+        return rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
 
     def gradient_variance(self) -> dict[str, Tensor]:
         """Variance over the samples of each entry of :meth:`gradients`, {name: parameter's shape}.

@@ -93,38 +93,54 @@ void form_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth
 }
 
 // Upper triangle of out (+)= J^T diag(sign) J for rows packed in x and, times their signs, in y; then mirrored.
+// Where the result has few tiles, the rows are cut in pieces that do not depend on the threads, summed in order.
 template <class T, class A>
 void update(const A* x, const A* y, int64_t depth, int64_t P, bool add, bool threads, T* out) {
-  constexpr int64_t W = kCols<A>, kBands = W / kRows, kStep = 512, kWide = 4;
-  const int64_t wide = panels<A>(P), groups = divide_up(wide, kWide);
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kStep = 512, kTile = W * W, kEnough = 16;
+  const int64_t wide = panels<A>(P), tiles = wide * (wide + 1) / 2;
+  const int64_t pieces = std::clamp<int64_t>(divide_up(kEnough, tiles), 1, divide_up(depth, kStep));
   const auto product = tile_product<A>();
-  share_tasks(groups * groups, threads, [&](int64_t task) {
-    const int64_t p0 = task / groups * kWide, q0 = task % groups * kWide;
-    if (p0 > q0) return;
-    const int64_t p1 = std::min(wide, p0 + kWide), q1 = std::min(wide, q0 + kWide);
-    Buffer<A> sums(kWide * kWide * W * W);
-    for (int64_t k0 = 0; k0 < depth; k0 += kStep)
-      for (int64_t q = q0; q < q1; ++q)
-        for (int64_t p = p0; p < std::min(p1, q + 1); ++p)
-          for (int64_t band = 0; band < std::min(kBands, divide_up(P - p * W, kRows)); ++band)
-            product(y + (p * depth + k0) * W + band * kRows, W, x + (q * depth + k0) * W, W,
-                    {std::min(kStep, depth - k0)}, sums + (((p - p0) * kWide + q - q0) * kBands + band) * kRows * W,
-                    std::min(kRows, P - p * W - band * kRows), panel_width<A>(P, q), k0 > 0);
-    for (int64_t p = p0; p < p1; ++p)
-      for (int64_t q = std::max(p, q0); q < q1; ++q) {
-        A* tile = sums + ((p - p0) * kWide + q - q0) * W * W;
-        const int64_t rows = std::min(W, P - p * W), cols = std::min(W, P - q * W);
-        T* upper = out + p * W * P + q * W;
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = p == q ? r : 0; c < cols; ++c) {
-            if (add) tile[r * W + c] += static_cast<A>(upper[r * P + c]);
-            upper[r * P + c] = static_cast<T>(tile[r * W + c]);
-          }
-        T* lower = out + q * W * P + p * W;
-        for (int64_t c = 0; c < cols; ++c)
-          for (int64_t r = 0; r < (p == q ? c : rows); ++r) lower[c * P + r] = static_cast<T>(tile[r * W + c]);
+  std::vector<std::pair<int64_t, int64_t>> pairs;
+  constexpr int64_t kNear = 4;  // tiles that share panels follow one another
+  for (int64_t p0 = 0; p0 < wide; p0 += kNear)
+    for (int64_t q0 = p0; q0 < wide; q0 += kNear)
+      for (int64_t p = p0; p < std::min(wide, p0 + kNear); ++p)
+        for (int64_t q = std::max(p, q0); q < std::min(wide, q0 + kNear); ++q) pairs.emplace_back(p, q);
+  Buffer<A> partial(pieces > 1 ? tiles * pieces * kTile : 0);
+  auto multiply = [&](int64_t p, int64_t q, int64_t first, int64_t last, A* sums) {
+    for (int64_t k0 = first; k0 < last; k0 += kStep)
+      for (int64_t band = 0; band < std::min(kBands, divide_up(P - p * W, kRows)); ++band)
+        product(y + (p * depth + k0) * W + band * kRows, W, x + (q * depth + k0) * W, W, {std::min(kStep, last - k0)},
+                sums + band * kRows * W, std::min(kRows, P - p * W - band * kRows), panel_width<A>(P, q), k0 > first);
+  };
+  auto store = [&](int64_t p, int64_t q, A* tile) {
+    const int64_t rows = std::min(W, P - p * W), cols = std::min(W, P - q * W);
+    T *upper = out + p * W * P + q * W, *lower = out + q * W * P + p * W;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = p == q ? r : 0; c < cols; ++c) {
+        if (add) tile[r * W + c] += static_cast<A>(upper[r * P + c]);
+        upper[r * P + c] = static_cast<T>(tile[r * W + c]);
       }
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < (p == q ? c : rows); ++r) lower[c * P + r] = static_cast<T>(tile[r * W + c]);
+  };
+  share_tasks(tiles * pieces, threads, [&](int64_t task) {
+    const auto [p, q] = pairs[task / pieces];
+    const int64_t piece = task % pieces;
+    if (pieces == 1) {
+      alignas(64) A sums[kTile];
+      multiply(p, q, 0, depth, sums);
+      store(p, q, sums);
+    } else {
+      multiply(p, q, piece * depth / pieces, (piece + 1) * depth / pieces, partial + task * kTile);
+    }
   });
+  for (int64_t t = 0; pieces > 1 && t < tiles; ++t) {
+    A* sums = partial + t * pieces * kTile;
+    for (int64_t piece = 1; piece < pieces; ++piece)
+      for (int64_t k = 0; k < kTile; ++k) sums[k] += sums[piece * kTile + k];
+    store(pairs[t].first, pairs[t].second, sums);
+  }
 }
 
 template <class T>

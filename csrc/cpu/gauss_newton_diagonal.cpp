@@ -10,17 +10,26 @@ namespace torch_curvature::cpu {
 namespace {
 constexpr int64_t kTileSize = kCols<float> * kRows;  // room for a tile of either precision
 
-// h[n, k] = sum_v sign[v, n] g[v, n, k]^2 for `count` outputs, packed with rows kRows apart.
+// h[n, k] = sum_v sign[v, n] g[v, n, k]^2 for `count` outputs of samples n < N, packed with rows kRows apart.
 template <class T, class A>
-CURVATURE_CLONES void weighted_squares(const T* g, int64_t gv, int64_t go, const T* sign, int64_t sv, int64_t V,
-                                       int64_t count, A* __restrict__ h) {
-  for (int64_t k = 0; k < kRows; ++k) h[k] = 0;
-  for (int64_t v = 0; v < V; ++v) {
-    const A w = sign ? static_cast<A>(sign[v * sv]) : A(1);
-    for (int64_t k = 0; k < count; ++k) {
-      const A x = static_cast<A>(g[v * gv + k * go]);
-      h[k] += w * x * x;
+CURVATURE_CLONES void weighted_squares(const T* g, int64_t gv, int64_t gn, int64_t go, const T* sign, int64_t sv,
+                                       int64_t sn, int64_t V, int64_t N, int64_t count, A* __restrict__ h) {
+  for (int64_t n = 0; n < N; ++n) {
+    const T* x = g + n * gn;
+    A sum[kRows] = {};
+    if (count == kRows && go == 1 && !sign) {
+      for (int64_t v = 0; v < V; ++v)
+        for (int64_t k = 0; k < kRows; ++k) sum[k] += static_cast<A>(x[v * gv + k]) * static_cast<A>(x[v * gv + k]);
+    } else {
+      for (int64_t v = 0; v < V; ++v) {
+        const A w = sign ? static_cast<A>(sign[v * sv + n * sn]) : A(1);
+        for (int64_t k = 0; k < count; ++k) {
+          const A y = static_cast<A>(x[v * gv + k * go]);
+          sum[k] += w * y * y;
+        }
+      }
     }
+    for (int64_t k = 0; k < kRows; ++k) h[n * kRows + k] = sum[k];
   }
 }
 
@@ -61,9 +70,8 @@ void one_position(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
     Buffer<A> h(kSamples * kRows), tiles(columns * kTileSize);
     for (int64_t n0 = 0; n0 < s.N; n0 += kSamples) {
       const int64_t count = std::min(kSamples, s.N - n0);
-      for (int64_t n = 0; n < count; ++n)
-        weighted_squares<T, A>(J.g_at(0, n0 + n) + r * kRows * J.go, J.gv, J.go,
-                               sign.data ? sign.data + (n0 + n) * sign.n : nullptr, sign.v, s.V, rows, h + n * kRows);
+      weighted_squares<T, A>(J.g_at(0, n0) + r * kRows * J.go, J.gv, J.gn, J.go,
+                             sign.data ? sign.data + n0 * sign.n : nullptr, sign.v, sign.n, s.V, count, rows, h);
       for (int64_t q = 0; q < columns; ++q)
         product(h, kRows, squares + (q * s.N + n0) * W, W, {count}, tiles + q * kTileSize, rows, panel_width<A>(s.I, q),
                 n0 > 0);

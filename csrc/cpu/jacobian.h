@@ -58,6 +58,7 @@ int64_t panel_width(int64_t columns, int64_t panel) {
 // A matrix [depth, columns] as panels [panels][depth][kCols].
 template <class T, class A>
 void pack_panels(const T* x, int64_t depth, int64_t depth_stride, int64_t columns, int64_t stride, A* out) {
+  if (stride == 1) return pack_rows_in_order<T, A>(x, depth, depth_stride, columns, out);
   for (int64_t p = 0; p < panels<A>(columns); ++p)
     pack_panel<T, A>(x + p * kCols<A> * stride, depth, depth_stride, stride, panel_width<A>(columns, p),
                      out + p * depth * kCols<A>);

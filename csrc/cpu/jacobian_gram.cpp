@@ -158,7 +158,8 @@ void gram_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2
   const Jacobian<T> left(g, a, s.left), right(g2 ? *g2 : g, a2 ? *a2 : a, s.right);
   const GramOutput<T> to{static_cast<T*>(out.data_ptr()), s.left.N, s.right.V, s.right.N, add};
   const bool threads = std::min(overlaps, formed) > kWorthThreads;
-  overlaps <= formed ? by_overlaps<T>(left, right, !g2, threads, to) : gram_of_formed<T>(left, right, !g2, threads, to);
+  overlaps <= formed || S* S2 == 1 ? by_overlaps<T>(left, right, !g2, threads, to)
+                                   : gram_of_formed<T>(left, right, !g2, threads, to);
 }
 
 Tensor jacobian_gram(const Tensor& g, const Tensor& a, std::optional<Tensor> g2, std::optional<Tensor> a2) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace torch_curvature::cpu {
 constexpr int64_t kRows = 8;
@@ -57,18 +58,33 @@ TileProduct<A> tile_product() {
 #endif
 }
 
+// Panels [panels][depth][kCols] of a matrix [depth, columns] whose rows are contiguous, read row by row.
+template <class T, class A>
+CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t depth_stride, int64_t columns,
+                                         A* __restrict__ out) {
+  constexpr int64_t W = kCols<A>;
+  const int64_t full = columns / W, rest = columns % W;
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* row = x + k * depth_stride;
+    for (int64_t p = 0; p < full; ++p) {
+      A* to = out + (p * depth + k) * W;
+      if constexpr (std::is_same_v<T, A>) __builtin_memcpy(to, row + p * W, W * sizeof(A));
+      else
+        for (int64_t c = 0; c < W; ++c) to[c] = static_cast<A>(row[p * W + c]);
+    }
+    if (rest == 0) continue;
+    A* to = out + (full * depth + k) * W;
+    for (int64_t c = 0; c < rest; ++c) to[c] = static_cast<A>(row[full * W + c]);
+    for (int64_t c = rest; c < W; ++c) to[c] = A(0);
+  }
+}
+
 // out[k, c] = x[k depth_stride + c stride] for c < count, zero up to kCols.
 template <class T, class A>
 CURVATURE_CLONES void pack_panel(const T* x, int64_t depth, int64_t depth_stride, int64_t stride, int64_t count,
                                  A* __restrict__ out) {
-  constexpr int64_t W = kCols<A>;
-  if (stride == 1 && count == W) {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t c = 0; c < W; ++c) out[k * W + c] = static_cast<A>(x[k * depth_stride + c]);
-    return;
-  }
-  if (depth_stride == 1) {  // read along depth, a few steps at a time, so that the writes stay in the first cache
-    constexpr int64_t kStep = 16;
+  constexpr int64_t W = kCols<A>, kStep = 16;
+  if (depth_stride == 1 && stride != 1) {  // read along depth, a few steps at a time, so that writes stay in cache
     if (count < W) std::fill(out, out + depth * W, A(0));
     for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
       const int64_t k1 = std::min(depth, k0 + kStep);
@@ -93,6 +109,17 @@ CURVATURE_CLONES void pack_rows(const T* const* rows, int64_t stride, int64_t de
     const int64_t k1 = std::min(depth, k0 + kStep);
     for (int64_t c = 0; c < count; ++c)
       for (int64_t k = k0; k < k1; ++k) out[k * W + c] = static_cast<A>(rows[c][k * stride]);
+  }
+}
+
+// packed[k kCols + lane] = rows[lane stride + k] for L rows: lanes of a panel.
+template <class A, int64_t L>
+CURVATURE_CLONES void transpose_lanes(const A* rows, int64_t stride, int64_t depth, A* __restrict__ packed) {
+  constexpr int64_t W = kCols<A>, kStep = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
+    const int64_t k1 = std::min(depth, k0 + kStep);
+    for (int64_t lane = 0; lane < L; ++lane)
+      for (int64_t k = k0; k < k1; ++k) packed[k * W + lane] = rows[lane * stride + k];
   }
 }
 

@@ -61,10 +61,14 @@ def gram_of(matrix: Any, what: str = "gram") -> Tensor:
     for i, left in enumerate(by_batch):
         for j in range(i, len(by_batch)):
             part = between(left, by_batch[j])
+            if i == j and len(left) > 1:  # one chunk of columns with itself is symmetric to the bit already
+                part = symmetrised(part)
+            if len(by_batch) == 1:
+                return part.div_(matrix._denominator) if matrix._denominator != 1.0 else part
             out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = part
             if i != j:
                 out[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = part.T
-    return symmetrised(out).div_(matrix._denominator) if matrix._denominator != 1.0 else symmetrised(out)
+    return out.div_(matrix._denominator) if matrix._denominator != 1.0 else out
 
 
 def symmetrised(out: Tensor) -> Tensor:

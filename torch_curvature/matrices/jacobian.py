@@ -92,6 +92,8 @@ class Jacobian(Matrix):
         )
         if len(by_batch) == 1:
             out = between(by_batch[0], by_batch[0])
+            if len(by_batch[0]) == 1:  # one chunk of columns with itself is symmetric to the bit already
+                return out.view(total // C, C, total // C, C)
         else:
             out = self.zeros(total, total)
             starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
