@@ -14,6 +14,7 @@ from torch import Tensor
 from ..plan import TOLERANCE
 from ..second_order import Node, SecondOrder
 from .expansion import SymmetricSum, pair_block
+from .memory import Budget
 
 
 class Contributions:
@@ -21,15 +22,21 @@ class Contributions:
 
     Args:
         second: the batch.
+        budget: what second derivatives may take.
         curved: with the Gauss-Newton part (the Hessian), or without (the residual).
         columns: of the loss, [V, N, *out] and sign, where the Gauss-Newton part is taken from them; None where it
             comes out of the second-order passes.
     """
 
     def __init__(
-        self, second: SecondOrder, curved: bool, columns: Sequence[tuple[Tensor, Tensor | None]] | None
+        self,
+        second: SecondOrder,
+        budget: Budget,
+        curved: bool,
+        columns: Sequence[tuple[Tensor, Tensor | None]] | None = None,
     ) -> None:
         self.second = second
+        self.budget = budget
         self.curved = curved
         self.columns = columns
         self._latest: tuple[tuple[int, ...], dict[int, Tensor]] = ((), {})  # the next group may be of the same layer
@@ -48,6 +55,7 @@ class Contributions:
 
     def _add_pairs(self, group: SymmetricSum, nodes: list[Node]) -> None:
         edges = sorted({node.edge for node in nodes})
+        self._require(edges)
         at = {edge: [node for node in nodes if node.edge == edge] for edge in edges}
         for place, edge in enumerate(edges):
             before = edges[:place]
@@ -66,12 +74,30 @@ class Contributions:
                         if own is not None and other in inputs:
                             cross = own, self._right(earlier, inputs[other])
                         block = pair_block(
-                            later, earlier, self.both(later, earlier, M.get(other)), cross, group.scratch
+                            later, earlier, self._both(later, earlier, M.get(other)), cross, group.scratch
                         )
                         if block is not None:
                             group.add_uses(later, earlier, block)
 
-    def both(self, later: Node, earlier: Node, M: Tensor | None) -> Tensor | None:
+    def _require(self, edges: list[int]) -> None:
+        """Refuse a batch whose second derivatives of one layer against all others cannot be held."""
+        widths = [self.second.width(e) for e in edges]
+        if widths:
+            N = self.second.captured.samples
+            self.budget.require(
+                N * max(widths) * sum(widths),
+                self.second.dtype.itemsize,
+                f"the second derivatives of a batch of {N} samples at layers with outputs of {widths} numbers each",
+                "give the data in smaller batches, for example a DataLoader (the result is the same), or raise "
+                "memory_budget (GiB)",
+            )
+
+    def own(self, node: Node) -> Tensor | None:
+        """[N, (s, o), (t, p)] of one use with itself."""
+        self._require([node.edge])
+        return self._both(node, node, self._hessians(node.edge, [node.edge]).get(node.edge))
+
+    def _both(self, later: Node, earlier: Node, M: Tensor | None) -> Tensor | None:
         """[N, Z_m, Z_l] through both rules."""
         if M is None:
             return None
@@ -176,8 +202,6 @@ def chosen_nodes(second: SecondOrder, names: Sequence[str]) -> list[Node]:
             continue
         if several and not all(second.node(i).steady for i in indices):
             continue
-        if not _fits(second, seeded | {uses[i].edge for i in indices}):
-            continue
         kept[name] = indices
         seeded |= {uses[i].edge for i in indices}
     return sorted((second.node(i) for indices in kept.values() for i in indices), key=lambda node: node.index)
@@ -191,13 +215,6 @@ def _input_width(second: SecondOrder, index: int) -> int:
     """Entries of ``a`` that belong to one sample."""
     a = second.node(index).a
     return 0 if a is None or second.node(index).rows is not None else a.shape[1] * a.shape[2]
-
-
-def _fits(second: SecondOrder, edges: set[int]) -> bool:
-    """Whether the second derivatives of one layer against all others can be held."""
-    widths = [second.width(e) for e in edges]
-    size = second.captured.outputs.element_size()
-    return second.captured.samples * max(widths) * sum(widths) * size <= second.limit
 
 
 def agrees(group: SymmetricSum, vector: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,27 @@ from .symmetry import check_second_derivatives, explained
 TRUSTED: weakref.WeakKeyDictionary[nn.Module, list[tuple[Plan, tuple[str, ...], bool]]] = weakref.WeakKeyDictionary()
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def outside_autocast(method: Method) -> Method:
+    """Autocast, where the caller has it on, covers the forward passes and nothing else."""
+
+    @functools.wraps(method)
+    def wrapped(self: SecondOrderMatrix, *args: Any, **kwargs: Any) -> Any:
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        self._autocast = torch.get_autocast_dtype(kind)
+        try:
+            with torch.autocast(kind, enabled=False):
+                return method(self, *args, **kwargs)
+        finally:
+            self._autocast = None
+
+    return cast(Method, wrapped)
+
+
 class SecondOrderMatrix(Matrix):
     """What the Hessian and the residual have in common: they need second derivatives of the network."""
 
@@ -35,6 +57,16 @@ class SecondOrderMatrix(Matrix):
         super().__init__(model, loss_fn, data, **options)
         self._to_check, self._probed = check_symmetry, False
         self._distrusted: set[str] = set()
+        self._autocast: torch.dtype | None = None
+        forward = self.forward
+
+        def autocast_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+            if self._autocast is None:
+                return forward(model, batch)
+            with torch.autocast(self.device.type, self._autocast):
+                return forward(model, batch)
+
+        self.forward = autocast_forward
 
     def _recorder(self) -> Recorder:
         recorder = Recorder(self.parameters)
@@ -83,6 +115,7 @@ class SecondOrderMatrix(Matrix):
         """
         return self._matrices(self._groups(by), "blocks")
 
+    @outside_autocast
     def diagonal(self) -> dict[str, Tensor]:
         """The diagonal, {name: tensor of the parameter's shape}, without the blocks where activation space allows."""
         total = {n: self.zeros(*p.shape) for n, p in self.parameters.items()}
@@ -134,6 +167,7 @@ class SecondOrderMatrix(Matrix):
             "use dense(), blocks() or products with @, or GaussNewton(...).gram()"
         )
 
+    @outside_autocast
     def __matmul__(self, vector: Any) -> Any:
         """Product with a vector [P], vectors [P, K], or a dictionary {name: tensor of the parameter's shape}.
 
@@ -156,6 +190,7 @@ class SecondOrderMatrix(Matrix):
 
     # ------------------------------------------------------------------ blocks
 
+    @outside_autocast
     def _matrices(self, groups: dict[str, list[str]], what: str) -> dict[str, Tensor]:
         self._require(groups, what)
         sums = self._sums(groups)
@@ -180,7 +215,7 @@ class SecondOrderMatrix(Matrix):
 
     def _add_blocks(self, batch: Batch, second: SecondOrder, curved: bool, sums: dict[str, SymmetricSum]) -> None:
         columns = self._loss_columns(batch, second) if curved else None
-        contributions = Contributions(second, curved, columns)
+        contributions = Contributions(second, self.budget, curved, columns)
         for key, group in sums.items():
             first = not group.started
             terms = contributions.add(group, key in self._distrusted)
@@ -209,8 +244,9 @@ class SecondOrderMatrix(Matrix):
         return agrees(group, vector, truth, self._precision(second))
 
     def _precision(self, second: SecondOrder) -> torch.dtype:
+        """The coarsest dtype that takes part."""
         dtypes = [second.captured.outputs.dtype, *(p.dtype for p in self.parameters.values())]
-        return min(dtypes, key=lambda dtype: dtype.itemsize)
+        return min(dtypes if self._autocast is None else [*dtypes, self._autocast], key=lambda dtype: dtype.itemsize)
 
     def _loss_columns(self, batch: Batch, second: SecondOrder) -> list[tuple[Tensor, Tensor | None]] | None:
         """The loss's columns where they are fewer than second-order passes, and can be held; else None."""

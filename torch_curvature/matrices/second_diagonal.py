@@ -20,16 +20,22 @@ def add_diagonal(matrix: Any, batch: Batch, second: SecondOrder, curved: bool, t
         for factors, sign in batch.chunks():
             for name, factor in factors.items():
                 total[name] += diagonal(factor, sign)
-    held: dict[int, Tensor | None] = {}
+    at: dict[int, Tensor | None] = {}
+    contributions = Contributions(second, matrix.budget, False)
     for name in matrix.parameters:
         if name in second.pass_.plan.unused:
             continue
         nodes = chosen_nodes(second, [name])
-        if len(nodes) == 1:
-            edge = nodes[0].edge
-            if edge not in held:
-                held[edge] = second.hessians(edge, [edge], False).get(edge)
-            M = Contributions(second, False, None).both(nodes[0], nodes[0], held[edge])
+        if len(nodes) == 1 and _one_position(nodes[0]):
+            edge, a = nodes[0].edge, nodes[0].a
+            if edge not in at:
+                at[edge] = second.residual_diagonal(edge)
+            own = at[edge]
+            if own is not None:
+                part = own.sum(0).unsqueeze(1) if a is None else own.T @ a[:, 0].square()
+                total[name] += _as_stored(nodes[0], part, total[name])
+        elif len(nodes) == 1:
+            M = contributions.own(nodes[0])
             if M is not None:
                 total[name] += _as_stored(nodes[0], pair_diagonal(nodes[0], M), total[name])
         elif nodes and matrix._size([name]) ** 2 * matrix.dtype.itemsize <= matrix.budget.working_bytes() // 8:
@@ -38,6 +44,10 @@ def add_diagonal(matrix: Any, batch: Batch, second: SecondOrder, curved: bool, t
             total[name] += group.finish().diagonal().view_as(total[name])
         else:
             _add_products(second, name, total[name])
+
+
+def _one_position(node: Node) -> bool:
+    return node.plain and (node.a is None or node.a.shape[1] == 1)
 
 
 def _as_stored(node: Node, part: Tensor, like: Tensor) -> Tensor:

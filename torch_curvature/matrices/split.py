@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..factors import diagonal
 from .blocks import Group, normalised
-from .hessian import SecondOrderMatrix
+from .hessian import SecondOrderMatrix, outside_autocast
 from .second_diagonal import add_diagonal
 
 Representation = Any  # Tensor [P, P], or {name: Tensor}
@@ -81,6 +81,7 @@ class _Split(SecondOrderMatrix):
     title = "hessian_split"
     curved = True
 
+    @outside_autocast
     def split_blocks(self, groups: dict[str, list[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         self._require(groups, "blocks", matrices=2)
         sizes = {name: p.numel() for name, p in self.parameters.items()}
@@ -98,6 +99,7 @@ class _Split(SecondOrderMatrix):
         R = {key: total.finish() for key, total in second.items()}
         return normalised(G, self._denominator), normalised(R, self._denominator)
 
+    @outside_autocast
     def split_diagonal(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         G, R = ({n: self.zeros(*p.shape) for n, p in self.parameters.items()} for _ in range(2))
         for batch, passes in self._second_order("diagonal"):

@@ -15,7 +15,8 @@ from ..capture import observation
 from ..layers.twice import TWICE_DIFFERENTIABLE
 from ..plan import TOLERANCE
 from ..recorder import Recorder, UnsupportedModelError
-from ..second_order import SecondOrder, has_break
+from ..second_order import SecondOrder
+from ..second_passes import has_break
 
 ONCE = "a backward that is marked as once differentiable"
 MISSING = ("not implemented", "differentiate twice", "does not require grad", "not differentiable twice")
@@ -41,8 +42,7 @@ def check_second_derivatives(second: SecondOrder, curved: bool, batch: Any, prob
     product = torch.cat([found[n].to(torch.float64) for n in parameters], 1)
     there, back = flat[0] @ product[1], flat[1] @ product[0]
     size = flat[0].norm() * product[1].norm() + flat[1].norm() * product[0].norm()
-    dtype = min([second.captured.outputs.dtype, *(p.dtype for p in parameters.values())], key=lambda d: d.itemsize)
-    if (there - back).abs() <= TOLERANCE[dtype] * size:
+    if (there - back).abs() <= TOLERANCE[batch.matrix._precision(second)] * size:
         return
     where = _suspects(batch) or _worst_pair(second, curved, directions)
     raise UnsupportedModelError(
