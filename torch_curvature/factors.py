@@ -219,14 +219,6 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
     return jacobian_gram(left.g, left.a, right.g, a2, add_to=add_to)
 
 
-def as_single_position(factor: Factor) -> Factor:
-    """The same Jacobian with S = 1: itself, or the Jacobian formed (I = 1)."""
-    if factor.positions == 1 and not factor.transposed:
-        return factor
-    J = factor.jacobian()
-    return Factor(J[:, :, None], None, factor.shape, False, None)
-
-
 def jacobian_chunks(factor: Factor, elements: int) -> Iterator[tuple[slice, Tensor]]:
     """Jacobians [V, n, size] of consecutive samples, each of at most ``elements`` entries where one sample fits."""
     V, N = factor.g.shape[:2]
