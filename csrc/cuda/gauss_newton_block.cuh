@@ -65,6 +65,7 @@ struct GaussNewtonPairsProblem {
       if (formed) return __ldg(formed + n * rows + at);
       const T* g = j.g + n * j.g_n;
       A sum = 0;
+#pragma unroll 2
       for (int64_t v = 0; v < j.V; ++v, g += j.g_v) {
         const A product = widen(__ldg(g + pair.first)) * widen(__ldg(g + pair.second));
         sum += sign ? widen(__ldg(sign + v * j.N + n)) * product : product;

@@ -29,6 +29,7 @@ struct DiagonalProblem {
   __device__ auto row_value(int64_t, Key o) const {
     return [p = j.g + o, this](int64_t, int n) -> A {
       A sum = 0;
+#pragma unroll 2
       for (int64_t v = 0; v < j.V; ++v) {
         const A g = widen(__ldg(p + v * j.g_v + n * j.g_n));
         sum += sign ? widen(__ldg(sign + v * j.N + n)) * g * g : g * g;

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kTileThreads) gram_kernel(GramProblem<T> p) {
 
 // One sample fills a tile or more: a block a result (v, n, w, m).
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) gram_long_kernel(GramProblem<T> p) {
+__global__ void __launch_bounds__(kTileThreads, 1) gram_long_kernel(GramProblem<T> p) {
   const GramBlock<T> block{p, shared_storage<GramShared<T>>()};
   CURVATURE_GRID_STRIDE(item, p.left.N * (p.norms ? 1 : p.right.N) * p.pairs) {
     const int64_t samples = item / p.pairs, pair = item - samples * p.pairs;

@@ -29,7 +29,7 @@ __device__ __forceinline__ int64_t carry(int64_t& base, int64_t offset, int64_t 
 
 // Width elements a store. RowVectors: n is a multiple of Width and rows of v allow loads of that width.
 template <class T, int Width, bool RowVectors>
-__global__ void __launch_bounds__(kOuterThreads, 4)
+__global__ void __launch_bounds__(kOuterThreads, 3)
     outer_kernel(const T* __restrict__ u, const T* __restrict__ v, T* __restrict__ out, OuterShape s) {
   constexpr int64_t kChunk = int64_t(kOuterThreads) * kOuterVectors * Width;
   const int64_t total = s.batch * s.m * s.n;
