@@ -236,7 +236,7 @@ def _() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         first = m.one.unsqueeze(0).expand(x.shape[0], -1, -1)
         second = m.two.repeat(x.shape[0], 1, 1)
-        mixed = m.attention(first, x - m.mean, x)[0] + m.attention(second, x, torch.sub(m.mean, x))[0]
+        mixed = m.attention(first, x, x - m.mean)[0] + m.attention(second, x, torch.sub(m.mean, x))[0]
         return m.last(mixed).mean(1)
 
     return Function(
