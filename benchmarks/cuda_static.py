@@ -1,7 +1,7 @@
 """What the compiler made of every CUDA kernel: registers, spills, shared memory, occupancy, instructions.
 
 ``python -m benchmarks.cuda_static`` compiles csrc/cuda with nvcc for sm_80, sm_90 and sm_120, reads ptxas' report and
-the machine code (nvdisasm, which Triton's wheel ships), and rewrites cuda_static.md. No GPU is needed. Nothing is timed.
+the machine code (nvdisasm, in Triton's wheel), and rewrites cuda_static.md. No GPU is needed. Nothing is timed.
 """
 
 from __future__ import annotations

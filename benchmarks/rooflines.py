@@ -3,7 +3,7 @@
 ``python -m benchmarks.rooflines`` prints a table of bounds. They are **bounds, not measurements**: what a kernel that
 reaches the data sheet's bandwidth or arithmetic, whichever limits it, would take; launch latency is left out.
 
-A multiply-add counts as two flops. `Work.flops` are those of the algorithm that the kernel runs (packed pairs, half of a
+A multiply-add counts as two flops. `Work.flops` are those of the algorithm the kernel runs (packed pairs, half of a
 symmetric result), without the padding of tiles. bfloat16 and half go through tensor cores; where the operands are
 formed on the way, each is split in two parts and the tensor cores do three products (`Work.executed`).
 """
