@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import TOLERANCE
 from ..second_order import Node, SecondOrder
 from .expansion import SymmetricSum, pair_block
 from .memory import Budget
@@ -215,11 +214,3 @@ def _input_width(second: SecondOrder, index: int) -> int:
     """Entries of ``a`` that belong to one sample."""
     a = second.node(index).a
     return 0 if a is None or second.node(index).rows is not None else a.shape[1] * a.shape[2]
-
-
-def agrees(group: SymmetricSum, vector: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a matrix multiplies a vector as it should; where cancellation is heavy, relative to its norm."""
-    error = (group.product(vector) - truth).norm()
-    if error <= TOLERANCE[dtype] * truth.norm():
-        return True
-    return bool(error <= 1e-2 * TOLERANCE[dtype] * group.norm())

@@ -141,7 +141,11 @@ def pair_diagonal(node: Node, M: Tensor) -> Tensor:
 class SymmetricSum:
     """A symmetric matrix over some parameters, given block by block, each pair in one order or the other."""
 
-    def __init__(self, names: Sequence[str], parameters: dict[str, nn.Parameter], like: Tensor) -> None:
+    def __init__(
+        self, names: Sequence[str], parameters: dict[str, nn.Parameter], like: Tensor, measured: bool = False
+    ) -> None:
+        self.measured = measured  # keep the sum of the norms of the blocks between uses
+        self.magnitude = like.new_zeros(())
         self.names = list(names)
         self.shapes = {n: parameters[n].shape for n in names}
         self.place: dict[str, slice] = {}
@@ -179,6 +183,8 @@ class SymmetricSum:
 
     def add_uses(self, later: Node, earlier: Node, block: Tensor) -> None:
         """Block between two uses, entries (o, i) of either."""
+        if self.measured:
+            self.magnitude = self.magnitude + block.norm()
         block = self._stored(self._stored(block, later, 0), earlier, 1)
         if later is not earlier and later.name == earlier.name:
             block = block + block.T
