@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory in fresh processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: .benchmarks/results.json")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="default: .benchmarks/results.png")
     parser.add_argument("--growth", type=Path, metavar="FILE", help="draw how cost grows with N, O, I, S and V instead")
     parser.add_argument("--list", action="store_true", help="names of the workloads")
@@ -153,7 +154,7 @@ def main() -> None:
 
         draw_growth(device, options.growth, ceilings(device, Clock(device)), progress)
         return
-    from .report import draw, table
+    from .report import document, draw, table
 
     limits = ceilings(device, Clock(device))
     machine = {
@@ -176,6 +177,8 @@ def main() -> None:
             results["workloads"].append({"name": workload.name, "title": workload.title, "error": str(error)})
         print(table(results["workloads"][-1]), flush=True)
         target.write_text(json.dumps(results, indent=1))
+    if options.markdown:
+        options.markdown.write_text(document(results))
     picture = options.picture or environment.HOME / "results.png"
     draw(results, picture)
     print(f"figures: {target}\npicture: {picture}")

@@ -72,6 +72,18 @@ def summary(results: dict) -> str:
     return "\n".join(lines)
 
 
+def document(results: dict) -> str:
+    """Machine, summary and all tables, in markdown."""
+    m = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    head = (
+        f"{m['processor']}, {m['threads']} threads, {m['date']}; in this run a matrix product reached "
+        f"{m['matmul_gflops']:.0f} GFLOP/s, a copy {m['copy_GBs']:.1f} GB/s, a fill {m['fill_GBs']:.1f} GB/s.\n"
+        f"{versions}.\n`{m['command']}`\n"
+    )
+    return "\n".join([head, summary(results), "", *(table(entry) for entry in results["workloads"])])
+
+
 def draw(results: dict, path: Path) -> None:
     """Bars against the floor, one panel for each workload."""
     try:

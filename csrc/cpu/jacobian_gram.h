@@ -78,7 +78,7 @@ void form_lanes(const Jacobian<T>& J, int64_t first, int64_t o0, int64_t height,
 template <class T>
 void gram_of_formed(const Jacobian<T>& left, const Jacobian<T>& right, bool same, bool threads, GramOutput<T> out) {
   using A = accumulate_t<T>;
-  constexpr int64_t W = kCols<A>, kBands = W / kRows, kTile = kRows * W, kDepth = 4096, kParts = W / kLanesFormed<A>;
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kTile = kRows * W, kDepth = 8192, kParts = W / kLanesFormed<A>;
   const JacobianSizes &s = left.size, &z = right.size;
   const int64_t rows = s.V * s.N, cols = z.V * z.N, P = panels<A>(rows), Q = panels<A>(cols);
   const int64_t height = std::min(s.O, kDepth / W), wide = std::max<int64_t>(1, kDepth / (height * W)) * W;

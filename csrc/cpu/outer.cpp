@@ -34,6 +34,40 @@ CURVATURE_CLONES void outer_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, 
   }
 }
 
+// Rows of a length known to the compiler: for tiny matrices the loop around a row costs more than the row.
+template <class T, int n>
+CURVATURE_CLONES void outer_short_rows(Operand<T> u, Operand<T> v, T* __restrict__ out, int64_t m, int64_t first,
+                                       int64_t last) {
+  using A = accumulate_t<T>;
+  int64_t b = first / m, i = first % m;
+  for (int64_t row = first; row < last;) {
+    const T *x = u.data + b * u.batch, *y = v.data + b * v.batch;
+    A right[n];
+    for (int j = 0; j < n; ++j) right[j] = static_cast<A>(y[j * v.stride]);
+    const int64_t end = std::min(last, row + m - i);
+    for (; row < end; ++row, ++i) {
+      const A left = static_cast<A>(x[i * u.stride]);
+      for (int j = 0; j < n; ++j) out[row * n + j] = static_cast<T>(left * right[j]);
+    }
+    i = 0, ++b;
+  }
+}
+
+template <class T>
+void outer_any_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, int64_t first, int64_t last) {
+  switch (n) {
+    case 2: return outer_short_rows<T, 2>(u, v, out, m, first, last);
+    case 3: return outer_short_rows<T, 3>(u, v, out, m, first, last);
+    case 4: return outer_short_rows<T, 4>(u, v, out, m, first, last);
+    case 5: return outer_short_rows<T, 5>(u, v, out, m, first, last);
+    case 6: return outer_short_rows<T, 6>(u, v, out, m, first, last);
+    case 7: return outer_short_rows<T, 7>(u, v, out, m, first, last);
+    case 8: return outer_short_rows<T, 8>(u, v, out, m, first, last);
+    case 16: return outer_short_rows<T, 16>(u, v, out, m, first, last);
+    default: return outer_rows<T>(u, v, out, m, n, first, last);
+  }
+}
+
 void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& out) {
   const int64_t rows = product(s.batch) * s.m;
   if (rows == 0 || s.n == 0) return;
@@ -42,7 +76,8 @@ void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& o
     using T = std::remove_pointer_t<decltype(type)>;
     const Operand<T> pu{su.data<T>(), su.batch, su.core[0]}, pv{sv.data<T>(), sv.batch, sv.core[0]};
     T* po = static_cast<T*>(out.data_ptr());
-    parallel_over(rows, s.n, [&](int64_t first, int64_t last) { outer_rows<T>(pu, pv, po, s.m, s.n, first, last); });
+    parallel_over(rows, s.n,
+                  [&](int64_t first, int64_t last) { outer_any_rows<T>(pu, pv, po, s.m, s.n, first, last); });
   });
 }
 
