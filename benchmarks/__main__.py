@@ -103,7 +103,7 @@ def measure(workload, device, limits: dict[str, float], options: argparse.Namesp
         elif seconds:
             entry["contestants"][label]["first_ms"] = seconds * 1e3
         gc.collect()
-    timings = interleaved(runs, Clock(device), 1.0 if options.quick else 4.0, 7 if options.quick else 25)
+    timings = interleaved(runs, Clock(device), 1.0 if options.quick else options.seconds, 7 if options.quick else 25)
     for label, timing in timings.items():
         entry["contestants"][label].update(
             median_ms=timing.median, min_ms=timing.least, spread=timing.spread, rounds=len(timing.milliseconds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import hessians, operators, ours, peers, problems
+from . import functional, hessians, operators, ours, peers, problems
 from .counting import count, count_hessian, count_hessian_blocks
 from .ours import Contestant
 from .problems import Problem
@@ -76,7 +76,7 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
             "plain torch": ours.plain_norms,
             "BackPACK": peers.backpack_norms,
             "opacus": peers.opacus_norms,
-            "torch.func": peers.func_norms,
+            "torch.func": functional.func_norms,
         },
     ),
     "gram": (
@@ -85,7 +85,7 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
             OURS: ours.gram,
             "plain torch": ours.plain_gram,
             "BackPACK": peers.backpack_gram,
-            "torch.func": peers.func_gram,
+            "torch.func": functional.func_gram,
         },
     ),
     "kernel": (
@@ -95,7 +95,7 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
             "plain torch": ours.plain_kernel,
             "nngeometry": peers.nngeometry_kernel,
             "asdfghjkl": peers.asdl_kernel,
-            "torch.func": peers.func_kernel,
+            "torch.func": functional.func_kernel,
         },
     ),
     "kronecker": (
@@ -122,8 +122,8 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
         problems.reference_hessian,
         {
             OURS: ours.hessian,
-            "torch.func.hessian": peers.func_hessian,
-            "jacrev(grad), chunked": peers.chunked_hessian,
+            "torch.func.hessian": functional.func_hessian,
+            "jacrev(grad), chunked": functional.chunked_hessian,
             "curvlinops": peers.curvlinops_hessian,
             "nngeometry": hessians.nngeometry_dense,
             "asdfghjkl": hessians.asdl_dense,
