@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import torch_curvature as tc
 from tests.ops.cases import OPERATORS, Operator
 
 EXAMPLES = [pytest.param(op, shapes, id=f"{op.name}-{shapes}") for op in OPERATORS for shapes in op.shapes]
@@ -103,3 +104,24 @@ def test_out(op: Operator) -> None:
         function(*inputs, **keywords, out=want.double())
     with pytest.raises(RuntimeError, match="'out' cannot be combined with differentiation"):
         function(*(t.requires_grad_() for t in inputs), **keywords, out=torch.empty(3))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 1, 4), (3, 1, 5)), ((2, 35, 9, 12), (35, 9, 17)), ((3, 600, 1, 9), (600, 1, 5))]
+)
+def test_results_written_into_and_added_to(shapes: tuple) -> None:
+    g, a = (torch.randn(s) for s in shapes)
+    V, N, _, O = g.shape
+    P = O * a.shape[2]
+    out = torch.full((P, P), float("nan"))
+    assert tc.ops.gauss_newton_block(g, a, out=out) is out
+    assert torch.equal(out, tc.ops.gauss_newton_block(g, a))
+    once, total = tc.ops.jacobian_gram(g, a), torch.zeros(V, N, V, N)
+    for _ in range(2):
+        assert tc.ops.jacobian_gram(g, a, add_to=total) is total
+    torch.testing.assert_close(total, 2 * once)
+    for call in (tc.ops.gauss_newton_block, lambda *x, out: tc.ops.jacobian_gram(*x, add_to=out)):
+        with pytest.raises(RuntimeError, match="'out' has shape"):
+            call(g, a, out=torch.empty(3))
+        with pytest.raises(RuntimeError, match="cannot be combined with differentiation"):
+            call(g.clone().requires_grad_(), a, out=torch.empty(3))
