@@ -20,6 +20,7 @@ from ..factors import (
     samples_per_chunk,
 )
 from ..ops import kronecker_sum
+from .memory import large_matrix
 
 Place = Any  # slice or LongTensor: where a parameter's entries are in its group
 
@@ -70,9 +71,19 @@ class Group:
     def finish(self) -> Tensor:
         if self.total is None:
             return self.like.new_zeros(self.size, self.size)
-        if len(self.names) > 1:
-            _mirror(self.total)
+        self._mirror()
         return self.total
+
+    def _mirror(self, tile: int = 256) -> None:
+        """Copy the blocks above the diagonal to below it; those on it are symmetric already."""
+        assert self.total is not None
+        for i, l in enumerate(self.names):
+            end = self.starts[l] + self.sizes[l]
+            for m in self.names[i + 1 :]:
+                columns = slice(self.starts[m], self.starts[m] + self.sizes[m])
+                for start in range(self.starts[l], end, tile):  # as many rows as stay in cache
+                    rows = slice(start, min(start + tile, end))
+                    self.total[columns, rows] = self.total[rows, columns].T
 
     def _add_formed(
         self, formed: dict[str, Factor], outer: dict[str, Factor], sign: Tensor | None, elements: int
@@ -115,7 +126,7 @@ class Group:
             if values.shape == (self.size, self.size) and isinstance(rows, slice) and values.dtype == self.like.dtype:
                 self.total = values
                 return
-            self.total = self.like.new_zeros(self.size, self.size)
+            self.total = large_matrix(self.size, self.size, self.like).zero_()
         if isinstance(rows, slice) and isinstance(columns, slice):
             self.total[rows, columns] += values
         else:
@@ -136,18 +147,6 @@ def _index(place: slice | Tensor, device: torch.device) -> Tensor:
     if isinstance(place, slice):
         return torch.arange(place.start, place.stop, device=device)
     return place
-
-
-def _mirror(matrix: Tensor, tile: int = 1024) -> None:
-    """Copy the upper triangle onto the lower, in place."""
-    P = matrix.shape[0]
-    for i in range(0, P, tile):
-        rows = slice(i, min(i + tile, P))
-        upper = torch.triu(matrix[rows, rows])
-        matrix[rows, rows] = upper + torch.triu(upper, 1).T
-        for j in range(i + tile, P, tile):
-            columns = slice(j, min(j + tile, P))
-            matrix[columns, rows] = matrix[rows, columns].T
 
 
 def group_matrices(matrix: Any, groups: dict[str, list[str]], what: str) -> dict[str, Tensor]:
