@@ -38,12 +38,12 @@ def outside_autocast(method: Method) -> Method:
         kind = self.device.type
         if not torch.is_autocast_enabled(kind):
             return method(self, *args, **kwargs)
-        self._autocast = torch.get_autocast_dtype(kind)
+        self._autocast[0] = torch.get_autocast_dtype(kind)
         try:
             with torch.autocast(kind, enabled=False):
                 return method(self, *args, **kwargs)
         finally:
-            self._autocast = None
+            self._autocast[0] = None
 
     return cast(Method, wrapped)
 
@@ -57,13 +57,13 @@ class SecondOrderMatrix(Matrix):
         super().__init__(model, loss_fn, data, **options)
         self._to_check, self._probed = check_symmetry, False
         self._distrusted: set[str] = set()
-        self._autocast: torch.dtype | None = None
-        forward = self.forward
+        self._autocast: list[torch.dtype | None] = [None]  # the caller's, while a method runs
+        forward, given, kind = self.forward, self._autocast, self.device.type
 
         def autocast_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-            if self._autocast is None:
+            if given[0] is None:
                 return forward(model, batch)
-            with torch.autocast(self.device.type, self._autocast):
+            with torch.autocast(kind, given[0]):
                 return forward(model, batch)
 
         self.forward = autocast_forward
@@ -223,7 +223,9 @@ class SecondOrderMatrix(Matrix):
                 continue
             if self._holds(contributions, group):
                 if bool(group.norm() > 0):  # where all vanishes nothing was shown
-                    TRUSTED.setdefault(self.model, []).append((second.pass_.plan, tuple(group.names), curved))
+                    known = TRUSTED.setdefault(self.model, [])
+                    del known[: max(0, len(known) - 255)]
+                    known.append((second.pass_.plan, tuple(group.names), curved))
             else:
                 self._distrusted.add(key)
                 group.clear()
@@ -256,7 +258,8 @@ class SecondOrderMatrix(Matrix):
     def _precision(self, second: SecondOrder) -> torch.dtype:
         """The coarsest dtype that takes part."""
         dtypes = [second.captured.outputs.dtype, *(p.dtype for p in self.parameters.values())]
-        return min(dtypes if self._autocast is None else [*dtypes, self._autocast], key=lambda dtype: dtype.itemsize)
+        dtypes += [dtype for dtype in self._autocast if dtype is not None]
+        return min(dtypes, key=lambda dtype: dtype.itemsize)
 
     def _loss_columns(self, batch: Batch, second: SecondOrder) -> list[tuple[Tensor, Tensor | None]] | None:
         """The loss's columns where they are fewer than second-order passes, and can be held; else None."""
