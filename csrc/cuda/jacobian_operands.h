@@ -15,10 +15,7 @@ class JacobianOperands {
  public:
   JacobianOperands(const Tensor& g, const Tensor& a, const JacobianSizes& s)
       : g_(last_axis_contiguous(g)), a_(last_axis_contiguous(a)), s_(s) {
-    for (const int64_t size : {s.S, s.V * s.N, s.O, s.I})
-      CURVATURE_CHECK(
-          size <= INT32_MAX,
-          "a Jacobian of more than 2^31 - 1 positions, columns, outputs or inputs is not supported on CUDA");
+    check_counts({s.S, s.V * s.N, s.O, s.I});
   }
   template <class T>
   Jacobian<T> jacobian() const {

@@ -8,6 +8,7 @@ namespace {
 
 void kronecker_into(const Tensor& b, const Tensor& a, const std::optional<Tensor>& a2, bool symmetric,
                     const KroneckerSizes& s, Tensor& out) {
+  check_counts({s.N, s.O, s.O2, s.I, s.I2});
   const OnDevice here(b);
   const auto sb = strided<3>(b, s.batch);
   const auto sa = strided<2>(a, s.batch), sr = strided<2>(a2 ? *a2 : a, s.batch);

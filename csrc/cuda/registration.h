@@ -7,6 +7,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+
 #include "../strided.h"
 #include "numbers.cuh"
 
@@ -58,6 +60,14 @@ class Workspace {
  private:
   Tensor tensor_;
 };
+
+// Kernels count along a single axis with 32 bits, and elements with 64.
+inline void check_counts(std::initializer_list<int64_t> counts) {
+  for (const int64_t count : counts)
+    CURVATURE_CHECK(count <= INT32_MAX,
+                    "CUDA kernels take at most 2^31 - 1 samples (times columns), positions, outputs or ",
+                    "inputs, got ", count, ". Split the batch.");
+}
 
 // Calls f with a null pointer of the CUDA type that holds `dtype`.
 template <class F>

@@ -16,7 +16,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("operator", operators.GENERATORS)
 def test_values(emulator, operator, full):
-    for seed in range(3 if full else 1):
+    for seed in range(2 if full else 1):
         checks = operators.cases(operator, seed, quick=not full)
         for schedule in SCHEDULES:
             verify_all(emulator("plain"), checks, **schedule)
