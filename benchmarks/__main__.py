@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
         "--no-peers", action="store_true", help="only this package and plain torch; nothing is installed"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory in fresh processes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed for each contestant (at most 25 calls)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: .benchmarks/results.json")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="default: .benchmarks/results.png")
