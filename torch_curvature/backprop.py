@@ -78,7 +78,12 @@ class Backpropagation:
     def column_bytes(self) -> int:
         """Bytes that one backpropagated column takes in all layers together."""
         total = sum(use.output_shape.numel() for use in self.captured.record.uses)
-        total += self.captured.samples * sum(self.parameters[name].numel() for name in self.plan.fallback)
+        uses = self.captured.record.uses
+        formed = list(self.plan.fallback)  # parameters whose Jacobian is formed, tied ones of two kinds among them
+        for name, indices in self.plan.closed.items():
+            if len({(uses[i].transposed, uses[i].use.activation is None) for i in indices}) > 1:
+                formed.append(name)
+        total += self.captured.samples * sum(self.parameters[name].numel() for name in formed)
         return max(1, total) * self.captured.outputs.element_size()
 
     def factors(self, columns: Tensor) -> dict[str, Factor]:
