@@ -169,7 +169,8 @@ def read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
         bodies = [count(code[first:last]) for first, last in loops(labels, code)]
         dense = [body for body in bodies if body["all"]]
         if dense:
-            kernel.loop = max(dense, key=lambda b: (b["HMMA"] + b["FFMA"] + b["DFMA"]) / b["all"])
+            # A tensor-core instruction is worth 64 multiply-adds of a lane.
+            kernel.loop = max(dense, key=lambda b: (64 * b["HMMA"] + b["FFMA"] + b["DFMA"]) / b["all"])
 
 
 def loops(labels: dict[str, int], code: list[tuple[str, str]]) -> list[tuple[int, int]]:
