@@ -4,12 +4,12 @@ transposed and broadcast operands, empty axes. `cases(operator, seed, quick)` dr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from .checks import DTYPES, Check, error_bound, poisoned, randn, storage
 from .emulation import Case
+from .jacobians import Layer, block_check, diagonal_check, draw_signs, gram_check, layer, norms_check
 
 
 def outer_check(u: torch.Tensor, v: torch.Tensor, batch: int, shift: tuple[int, int, int] = (0, 0, 0)) -> Check:
@@ -141,100 +141,6 @@ def kronecker_sum(g: torch.Generator, quick: bool) -> Iterator[Check]:
         yield kronecker_check(draw(2, 21, 4, 3), draw(2, 21, 5), draw(2, 21, 6), False, 2)
         yield kronecker_check(draw(2, 4, 21, 3).transpose(1, 2), draw(1, 5, 21).mT, draw(2, 6, 21).mT, False, 2)
         yield kronecker_check(draw(1, 600, 3, 2), draw(1, 600, 5), None, False, 1)  # few tiles: the depth is split
-
-
-@dataclass
-class Layer:
-    """g [V, N, S, O], a [N, S, I] with their last axes contiguous, and the Jacobians they stand for."""
-
-    g: torch.Tensor
-    a: torch.Tensor
-
-    @property
-    def integers(self) -> list[int]:
-        (V, N, S, O), I = self.g.shape, self.a.shape[2]
-        return [V, N, S, O, I, *self.g.stride()[:3], *self.a.stride()[:2]]
-
-    @property
-    def jacobian(self) -> torch.Tensor:  # [V, N, O I]
-        return torch.einsum("vnso,nsi->vnoi", self.g.double(), self.a.double()).flatten(2)
-
-    @property
-    def squares(self) -> torch.Tensor:  # of the terms of each sum over s, summed
-        return torch.einsum("vnso,nsi->vnoi", self.g.double() ** 2, self.a.double() ** 2).flatten(2)
-
-
-def layer(g: torch.Generator, V: int, N: int, S: int, O: int, I: int, dtype: torch.dtype, pad: int = 0) -> Layer:
-    """`pad`: rows are that much longer in memory, so that no two are aligned alike."""
-    return Layer(randn(g, V, N, S, O + pad, dtype=dtype)[..., :O], randn(g, N, S, I + pad, dtype=dtype)[..., :I])
-
-
-def is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def norms_check(x: Layer) -> Check:
-    dtype = x.g.dtype
-    want = x.jacobian.square().sum(2)
-    # J is off by at most its own rounding, twice; what is left is a sum of squares.
-    slack = (x.squares.sum(2) * x.jacobian.square().sum(2)).sqrt() + x.squares.sum(2)
-    terms = x.g.shape[2] + x.g.shape[3] * x.a.shape[2]
-    bound = error_bound(dtype, want, slack, terms)
-    case = Case("jacobian_norms", dtype, x.integers, [storage(x.g), storage(x.a), poisoned(want.numel(), dtype)])
-    return Check(case, 2, want, bound)
-
-
-def gram_check(x: Layer, y: Layer | None, add: bool, generator: torch.Generator) -> Check:
-    right, dtype = (x if y is None else y), x.g.dtype
-    left_rows, right_rows = x.jacobian.flatten(0, 1), right.jacobian.flatten(0, 1)
-    want = left_rows @ right_rows.T
-    # Cauchy-Schwarz over o, i of the terms' squares
-    slack = x.squares.sum(2).flatten()[:, None].sqrt() * right.squares.sum(2).flatten()[None, :].sqrt()
-    start = poisoned(want.numel(), dtype)
-    if add:
-        start = randn(generator, *want.shape, dtype=dtype)
-        start = (start + start.T).flatten() if y is None else start.flatten()
-        want, slack = want + start.double().reshape(want.shape), slack + start.double().reshape(want.shape).abs()
-    terms = x.g.shape[2] * right.g.shape[2] + x.g.shape[3] * x.a.shape[2]
-    bound = error_bound(dtype, want, slack, terms, split=is_half(dtype))
-    buffers = [storage(x.g), storage(x.a), storage(right.g), storage(right.a), start]
-    case = Case("jacobian_gram", dtype, [*x.integers, *right.integers, int(y is None), int(add)], buffers)
-    index = torch.arange(want.numel()).reshape(want.shape)
-    return Check(case, 4, want, bound, index.mT.flatten() if y is None else None)
-
-
-def draw_signs(g: torch.Generator, x: Layer) -> torch.Tensor:
-    return torch.randint(0, 2, x.g.shape[:2], generator=g).mul(2).sub(1).to(x.g.dtype)
-
-
-def block_check(x: Layer, sign: torch.Tensor | None) -> Check:
-    dtype, J = x.g.dtype, x.jacobian.flatten(0, 1)
-    weights = torch.ones(J.shape[0], dtype=torch.float64) if sign is None else sign.double().flatten()
-    want = (J * weights[:, None]).T @ J
-    root = x.squares.sqrt().flatten(0, 1) + J.abs()
-    slack = (root.square().T @ root.square()).sqrt()
-    V, N, S = x.g.shape[:3]
-    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
-    buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
-    case = Case(
-        "gauss_newton_block", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
-    )
-    return Check(case, 3, want, bound, torch.arange(want.numel()).reshape(want.shape).mT.flatten())
-
-
-def diagonal_check(x: Layer, sign: torch.Tensor | None) -> Check:
-    dtype, J = x.g.dtype, x.jacobian
-    weights = torch.ones(J.shape[:2], dtype=torch.float64) if sign is None else sign.double()
-    want = torch.einsum("vn,vnk->k", weights, J.square())
-    root = x.squares.sqrt() + J.abs()
-    slack = root.pow(4).sum((0, 1)).sqrt()
-    V, N, S = x.g.shape[:3]
-    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
-    buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
-    case = Case(
-        "gauss_newton_diagonal", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
-    )
-    return Check(case, 3, want, bound)
 
 
 # V, N, S, O, I: no shared positions; a few; about a tile of them; more, with either form the cheaper
