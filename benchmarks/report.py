@@ -109,14 +109,16 @@ def draw(results: dict, path: Path) -> None:
         axis.barh([k for k, _ in timed], [t for _, t in timed], color=colours)
         axis.axvline(entry["floor_ms"], color="black", linestyle=":", linewidth=1.2)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlim(left=min(entry["floor_ms"], timed[-1][1]) / 2)
         axis.set_title(entry["title"], fontsize=8)
         axis.tick_params(labelsize=7)
     figure.suptitle(
         f"milliseconds (log scale), dotted: floor; {results['machine']['processor']}, "
-        f"{results['machine']['threads']} threads, {results['machine']['date']}", fontsize=9,
+        f"{results['machine']['threads']} threads, {results['machine']['date']}", fontsize=9, y=0.998,
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    figure.tight_layout(rect=(0, 0, 1, 0.992))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
