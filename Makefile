@@ -21,7 +21,7 @@ test: build
 # The same operator tests on a GPU, the sanitizers of the CUDA toolkit on a short set, and the benchmarks.
 test-gpu: build
 	$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make test-gpu needs a CUDA device; torch sees none')"
-	$(PYTHON) -m pytest tests/ops tests/engine --device cuda
+	$(PYTHON) -m pytest tests/ops tests/losses/test_precision.py --device cuda
 	for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/ops/test_values.py --device cuda -k "float32 and not 1000" || exit 1; \
 	done

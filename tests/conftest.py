@@ -7,7 +7,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run also the tests marked `full`, which take minutes")
-    parser.addoption("--device", default="cpu", help="device on which operator and engine tests run (default: cpu)")
+    parser.addoption("--device", default="cpu", help="device on which the operators are tested (default: cpu)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

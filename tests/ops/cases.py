@@ -30,8 +30,11 @@ class Operator:
     raw_arguments: Callable[..., tuple] = field(default=lambda *t: t)
 
     def inputs(self, shapes: Shapes, dtype: torch.dtype = torch.float64, seed: int | None = None) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
-        return self.prepare(*(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes))
+        """Fresh random inputs on the device under test; drawn on the CPU, so that they do not depend on it."""
+        generator = torch.Generator("cpu").manual_seed(torch.seed() % 2**31 if seed is None else seed)
+        device = torch.get_default_device()
+        draw = (torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes)
+        return self.prepare(*(t.to(device, dtype) for t in draw))
 
 
 def _outer(u: Tensor, v: Tensor) -> Tensor:

@@ -86,15 +86,15 @@ def test_make_fx(op: Operator, mode: str) -> None:
     torch.testing.assert_close(graph(*inputs), grad(_weighted(prepared(op, op.plain)))(*inputs))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("place", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("op", BY_NAME)
-def test_fake_and_meta_tensors(op: Operator, device: str) -> None:
+def test_fake_and_meta_tensors(op: Operator, place: str) -> None:
     for shapes in op.shapes:
         want = op.plain(*op.inputs(shapes)).shape
         for dtype in (torch.float32, torch.bfloat16):
             with FakeTensorMode():
-                got = op.call(*(torch.empty(s, dtype=dtype, device=device) for s in shapes))
-            assert (got.shape, got.dtype, got.device.type) == (want, dtype, device)
+                got = op.call(*(torch.empty(s, dtype=dtype, device=place) for s in shapes))
+            assert (got.shape, got.dtype, got.device.type) == (want, dtype, place)
         meta = op.call(*(torch.empty(s, device="meta") for s in shapes))
         assert (meta.shape, meta.device.type) == (want, "meta")
 
@@ -102,7 +102,7 @@ def test_fake_and_meta_tensors(op: Operator, device: str) -> None:
 @pytest.mark.parametrize("op", BY_NAME)
 def test_autocast_does_not_lower_the_precision(op: Operator) -> None:
     inputs = leaves(op, op.shapes[0])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = prepared(op, op.call)(*inputs)
         gradients = torch.autograd.grad(got.square().sum(), inputs)
     want = prepared(op, op.plain)(*inputs)
@@ -114,7 +114,7 @@ def test_autocast_does_not_lower_the_precision(op: Operator) -> None:
 def test_autocast_promotes_mixed_dtypes(op: Operator) -> None:
     first, *rest = op.inputs(op.shapes[0], torch.float32)
     first = first.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = op.call(first, *rest)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, op.plain(first.float(), *rest))
