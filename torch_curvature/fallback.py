@@ -30,7 +30,14 @@ def per_sample_jacobians(
             if isinstance(error, (torch.OutOfMemoryError, UnsupportedModelError)):
                 raise
             captured.cache["vectorised"] = False
-    return _one_by_one(model, forward, captured, wanted, columns)
+    if captured.cache.get("divisible", True):
+        try:
+            return _one_by_one(model, forward, captured, wanted, columns)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, UnsupportedModelError)):
+                raise
+            captured.cache["divisible"] = False
+    return _row_by_row(captured, wanted, columns)
 
 
 def _split(captured: Capture) -> tuple[list[Any], Any, list[bool]]:
@@ -95,4 +102,22 @@ def _one_by_one(
                 for name, value in zip(wanted, pulled):
                     if value is not None:
                         found[name][v, n] = (value.to_dense() if value.is_sparse else value).reshape(-1)
+    return found
+
+
+def _row_by_row(captured: Capture, wanted: dict[str, nn.Parameter], columns: Tensor) -> dict[str, Tensor]:
+    """From the graph of the whole batch: for inputs that cannot be cut into samples, such as bags of unequal length."""
+    V, N = columns.shape[:2]
+    found = {name: columns.new_zeros(V, N, p.numel(), dtype=p.dtype) for name, p in wanted.items()}
+    row = torch.zeros_like(captured.outputs)
+    for n in range(N):
+        for v in range(V):
+            row[n] = columns[v, n]
+            pulled = torch.autograd.grad(
+                captured.outputs, list(wanted.values()), row, retain_graph=True, allow_unused=True
+            )
+            for name, value in zip(wanted, pulled):
+                if value is not None:
+                    found[name][v, n] = (value.to_dense() if value.is_sparse else value).reshape(-1)
+        row[n] = 0
     return found

@@ -280,3 +280,28 @@ def test_coverage_of_a_use_of_two_parameters_in_one_call() -> None:
     x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
     check(model, nn.CrossEntropyLoss(), x, y)
     assert all(how.startswith("fallback") for how in tc.Jacobian(model, x).coverage().values())
+
+
+class Bags(nn.Module):
+    """Bags of words of unequal length: the words have no axis of samples, so that no batch can be cut into samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(9, 4, mode="mean")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, words: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.words(words, offsets)))
+
+
+def test_inputs_that_cannot_be_cut_into_samples() -> None:
+    model = Bags().double()
+    data = ((torch.randint(9, (10,)), torch.tensor([0, 3, 4, 8])), torch.randint(3, (4,)))
+    loss = nn.CrossEntropyLoss()
+    want = reference.gauss_newton(model, loss, data)
+    G = tc.GaussNewton(model, loss, data)
+    torch.testing.assert_close(G.dense(), want)
+    torch.testing.assert_close(torch.cat([d.flatten() for d in G.diagonal().values()]), want.diagonal())
+    torch.testing.assert_close(G @ torch.ones_like(want[0]), want.sum(1))
+    assert G.coverage()["words.weight"].startswith("fallback")
+    torch.testing.assert_close(tc.Hessian(model, loss, data).dense(), reference.hessian(model, loss, data))
