@@ -119,7 +119,9 @@ def _over_batch(operands: Operands, ranks: tuple[int, ...], batch: torch.Size, c
     if batch.numel() == 0:
         single = call(*(None if t is None else t.new_zeros(t.shape[1:]) for t in flat))
         return single.new_empty(*batch, *single.shape)
-    results = torch.stack([call(*(None if t is None else t[k] for t in flat)) for k in range(batch.numel())])
+    # unbind, not indexing: indexing a fake CUDA tensor asks for a CUDA that a CPU-only torch does not have
+    each = zip(*([None] * batch.numel() if t is None else t.unbind(0) for t in flat))
+    results = torch.stack([call(*place) for place in each])
     return results.reshape(*batch, *results.shape[1:])
 
 
