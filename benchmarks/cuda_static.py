@@ -195,7 +195,10 @@ def count(code: list[tuple[str, str]]) -> collections.Counter[str]:
 def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
     """By NVIDIA's own calculator, cuda_occupancy.h, which needs no GPU."""
     program = folder / "occupancy"
-    include = Path(str(toolkit())).resolve().parents[1] / "include"
+    # An nvcc on PATH may be a wrapper script, so nvcc itself is asked where it lives.
+    report = subprocess.run([str(toolkit()), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next(line.split("TOP=", 1)[1].strip() for line in report.splitlines() if "TOP=" in line)
+    include = Path(top).resolve() / "include"
     run("g++", "-O1", f"-I{include}", str(HERE / "cuda_occupancy.cpp"), "-o", str(program))
     lines = [f"{k.architecture} {k.registers} {k.shared} {k.threads}" for k in kernels]
     out = run(str(program), stdin="\n".join(lines) + "\n").stdout.split("\n")
