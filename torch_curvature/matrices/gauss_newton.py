@@ -17,7 +17,8 @@ class GaussNewton(QuadraticMatrix):
 
     Exact. Normalised as the loss reduces: D = 1 for a sum; for a mean the number of valid targets (or the sum of
     their class weights) over all the data, however it was split into batches. Positive semi-definite where the loss is
-    convex in the outputs.
+    convex in the outputs. A loss that is linear in the outputs has no curvature there: the matrix of ``nll_loss`` or
+    ``kl_div`` on log-probabilities is zero. Take :class:`Fisher`, or cross entropy on the logits.
 
     Args:
         model: the network. BatchNorm must be in eval mode, dropout inactive.
