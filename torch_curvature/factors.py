@@ -130,10 +130,16 @@ def samples_per_chunk(elements_per_sample: int, limit: int = CACHE_ELEMENTS) -> 
     return max(1, limit // max(1, elements_per_sample))
 
 
-def mirrored_gram(J: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``J^T diag(weights) J`` for J [M, P], symmetric to the bit; half the work of a matrix product."""
-    sign = None if weights is None else weights[None].to(J.dtype)
-    return gauss_newton_block(J[None, :, None, :], J.new_ones(1, 1, 1).expand(J.shape[0], 1, 1), sign)
+def mirrored_gram(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum w x x^T`` over the rows x of ``rows`` [M, P] or [M, S, P], read where they lie; ``weights`` [M].
+
+    Symmetric to the bit; half the work of a matrix product.
+    """
+    if rows.dim() == 2:
+        rows = rows.unsqueeze(1)
+    M, S, _ = rows.shape
+    sign = None if weights is None else weights.to(rows.dtype).expand(S, M)
+    return gauss_newton_block(rows.transpose(0, 1).unsqueeze(2), rows.new_ones(1, 1, 1).expand(M, 1, 1), sign)
 
 
 def mirror_upper(matrix: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 // Shapes: g [V, N, S, O], a [N, S, I], sign [V, N], out [P, P], P = O I. The cheaper by counted multiply-adds of
 //   pairs (S = 1):   sum_n B[n] (x) a a^T with B[n] = sum_v sign g g^T, over pairs o <= p, i <= j  N P^2 / 4 + N V O^2
 //   rank-k update:   J in chunks of rows, upper triangle of J^T J                    V N S P + V N P^2 / 2
-// Every value of the upper triangle is written to both its places: symmetric to the bit. Bytes moved: out, once (once
-// for every chunk of J), and the operands.
+// The update shares rows among the threads where there are many and the result is small, tiles of the result elsewhere.
+// With S = I = 1 it is the sum of g g^T of any rows (n, v), packed from where they lie.
+// Every value of the upper triangle is written to both its places: symmetric to the bit. Bytes moved: the operands, and
+// out, once (tiles shared: once for every chunk of J; rows shared: once for every piece, as partial sums of 8 MB at
+// most).
 #include "jacobian.h"
 #include "kronecker_core.h"
 
@@ -41,26 +44,28 @@ void by_pairs(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   });
 }
 
-// Where J is g itself, times a[n] (one position, one input): rows (n, v) first.. packed without a product.
+// Where J is g itself, times a[n] (one position, one input): rows (n, v) first.. packed without a product, as many
+// columns v of one sample at a time as there are (one sample after the other where there is but one column).
 template <class T, class A>
 void copy_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth, A* packed) {
   constexpr int64_t W = kCols<A>;
   const JacobianSizes& s = J.size;
-  for (int64_t p = 0; p < panels<A>(s.O); ++p) {
-    A* to = packed + p * depth * W;
-    const T* from = J.g + p * W * J.go;
-    if (s.V == 1) {
-      pack_panel<T, A>(from + first * J.gn, count, J.gn, J.go, panel_width<A>(s.O, p), to);
-    } else {
-      for (int64_t k = 0; k < count; ++k)
-        pack_panel<T, A>(from + (first + k) % s.V * J.gv + (first + k) / s.V * J.gn, 1, 0, J.go, panel_width<A>(s.O, p),
-                         to + k * W);
+  for (int64_t k = 0; k < count;) {
+    const int64_t n = (first + k) / s.V, v = (first + k) % s.V;
+    const int64_t run = s.V == 1 ? count : std::min(count - k, s.V - v), stride = s.V == 1 ? J.gn : J.gv;
+    for (int64_t p = 0; p < panels<A>(s.O); ++p)
+      pack_panel<T, A>(J.g_at(v, n) + p * W * J.go, run, stride, J.go, panel_width<A>(s.O, p),
+                       packed + (p * depth + k) * W);
+    for (int64_t r = k; r < k + run; ++r) {
+      const A scale = static_cast<A>(*J.a_at(s.V == 1 ? first + r : n));
+      if (scale == A(1)) {
+        if (s.V == 1) continue;
+        break;
+      }
+      for (int64_t p = 0; p < panels<A>(s.O); ++p)
+        for (int64_t c = 0; c < W; ++c) packed[(p * depth + r) * W + c] *= scale;
     }
-    for (int64_t k = 0; k < count; ++k) {
-      const A scale = static_cast<A>(*J.a_at((first + k) / s.V));
-      if (scale == A(1)) continue;
-      for (int64_t c = 0; c < W; ++c) to[k * W + c] *= scale;
-    }
+    k += run;
   }
 }
 
@@ -92,63 +97,108 @@ void form_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth
   }
 }
 
+// Tile (p, q) of out, to both its places.
+template <class T, class A>
+void store(A* tile, int64_t p, int64_t q, int64_t P, bool add, T* out) {
+  constexpr int64_t W = kCols<A>;
+  const int64_t rows = std::min(W, P - p * W), cols = std::min(W, P - q * W);
+  T *upper = out + p * W * P + q * W, *lower = out + q * W * P + p * W;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = p == q ? r : 0; c < cols; ++c) {
+      if (add) tile[r * W + c] += static_cast<A>(upper[r * P + c]);
+      upper[r * P + c] = static_cast<T>(tile[r * W + c]);
+    }
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t r = 0; r < (p == q ? c : rows); ++r) lower[c * P + r] = static_cast<T>(tile[r * W + c]);
+}
+
+// Tile (p, q) of y^T x over `count` packed rows, panels `depth` rows apart; on the diagonal what is right of it.
+template <class A>
+void multiply(TileProduct<A> product, const A* x, const A* y, int64_t depth, int64_t count, int64_t p, int64_t q,
+              int64_t P, bool add, A* sums) {
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kStep = 512;
+  for (int64_t k0 = 0; k0 < count; k0 += kStep)
+    for (int64_t band = 0; band < std::min(kBands, divide_up(P - p * W, kRows)); ++band) {
+      const int64_t skip = p == q && 2 * band >= kBands ? W / 2 : 0;
+      product(y + (p * depth + k0) * W + band * kRows, W, x + (q * depth + k0) * W + skip, W,
+              {std::min(kStep, count - k0)}, sums + band * kRows * W + skip, std::min(kRows, P - p * W - band * kRows),
+              panel_width<A>(P, q) - skip, add || k0 > 0);
+    }
+}
+
+// Rows [first, first + count) of J in x and, times their signs, in y (where there are signs).
+template <class T, class A>
+void form_signed_rows(const Jacobian<T>& J, const Sign<T>& sign, int64_t first, int64_t count, int64_t depth, A* x,
+                      A* y) {
+  constexpr int64_t W = kCols<A>;
+  form_rows<T, A>(J, first, count, depth, x);
+  if (!sign.data) return;
+  for (int64_t k = 0; k < count; ++k) {
+    const A w = sign((first + k) % J.size.V, (first + k) / J.size.V);
+    for (int64_t p = 0; p < panels<A>(J.size.O * J.size.I); ++p)
+      for (int64_t c = 0; c < W; ++c) y[(p * depth + k) * W + c] = w * x[(p * depth + k) * W + c];
+  }
+}
+
+// Many rows, small result: the rows go in pieces that do not depend on the threads; each piece is packed step by step
+// in cache and multiplied into tiles of its own, which are summed in order.
+template <class T>
+void rank_k_by_rows(const Jacobian<T>& J, const Sign<T>& sign, int64_t pieces, T* out) {
+  using A = accumulate_t<T>;
+  constexpr int64_t W = kCols<A>, kTile = W * W, kElements = 1 << 16;
+  const int64_t P = J.size.O * J.size.I, rows = J.size.V * J.size.N, wide = panels<A>(P), tiles = wide * (wide + 1) / 2;
+  const int64_t step = std::clamp<int64_t>(kElements / (wide * W), 64, 512);
+  const auto product = tile_product<A>();
+  Buffer<A> partial(pieces * tiles * kTile);
+  share_tasks(pieces, true, [&](int64_t piece) {
+    const int64_t first = piece * rows / pieces, last = (piece + 1) * rows / pieces;
+    Buffer<A> x(wide * step * W), y(sign.data ? wide * step * W : 0);
+    for (int64_t k = first; k < last; k += step) {
+      const int64_t count = std::min(step, last - k);
+      form_signed_rows<T, A>(J, sign, k, count, step, x, y);
+      A* sums = partial + piece * tiles * kTile;
+      for (int64_t p = 0; p < wide; ++p)
+        for (int64_t q = p; q < wide; ++q, sums += kTile)
+          multiply<A>(product, x, sign.data ? y : x, step, count, p, q, P, k > first, sums);
+    }
+  });
+  share_tasks(wide, tiles * pieces * kTile > kWorthThreads, [&](int64_t p) {
+    for (int64_t q = p; q < wide; ++q) {
+      A* sums = partial + (p * wide - p * (p - 1) / 2 + q - p) * kTile;
+      for (int64_t piece = 1; piece < pieces; ++piece)
+        for (int64_t k = 0; k < kTile; ++k) sums[k] += sums[piece * tiles * kTile + k];
+      store<T, A>(sums, p, q, P, false, out);
+    }
+  });
+}
+
 // Upper triangle of out (+)= J^T diag(sign) J for rows packed in x and, times their signs, in y; then mirrored.
-// Where the result has few tiles, the rows are cut in pieces that do not depend on the threads, summed in order.
 template <class T, class A>
 void update(const A* x, const A* y, int64_t depth, int64_t P, bool add, bool threads, T* out) {
-  constexpr int64_t W = kCols<A>, kBands = W / kRows, kStep = 512, kTile = W * W, kEnough = 16;
-  const int64_t wide = panels<A>(P), tiles = wide * (wide + 1) / 2;
-  const int64_t pieces = std::clamp<int64_t>(divide_up(kEnough, tiles), 1, divide_up(depth, kStep));
+  constexpr int64_t kNear = 4;  // tiles that share panels follow one another
+  const int64_t wide = panels<A>(P);
   const auto product = tile_product<A>();
   std::vector<std::pair<int64_t, int64_t>> pairs;
-  constexpr int64_t kNear = 4;  // tiles that share panels follow one another
   for (int64_t p0 = 0; p0 < wide; p0 += kNear)
     for (int64_t q0 = p0; q0 < wide; q0 += kNear)
       for (int64_t p = p0; p < std::min(wide, p0 + kNear); ++p)
         for (int64_t q = std::max(p, q0); q < std::min(wide, q0 + kNear); ++q) pairs.emplace_back(p, q);
-  Buffer<A> partial(pieces > 1 ? tiles * pieces * kTile : 0);
-  auto multiply = [&](int64_t p, int64_t q, int64_t first, int64_t last, A* sums) {
-    for (int64_t k0 = first; k0 < last; k0 += kStep)
-      for (int64_t band = 0; band < std::min(kBands, divide_up(P - p * W, kRows)); ++band)
-        product(y + (p * depth + k0) * W + band * kRows, W, x + (q * depth + k0) * W, W, {std::min(kStep, last - k0)},
-                sums + band * kRows * W, std::min(kRows, P - p * W - band * kRows), panel_width<A>(P, q), k0 > first);
-  };
-  auto store = [&](int64_t p, int64_t q, A* tile) {
-    const int64_t rows = std::min(W, P - p * W), cols = std::min(W, P - q * W);
-    T *upper = out + p * W * P + q * W, *lower = out + q * W * P + p * W;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = p == q ? r : 0; c < cols; ++c) {
-        if (add) tile[r * W + c] += static_cast<A>(upper[r * P + c]);
-        upper[r * P + c] = static_cast<T>(tile[r * W + c]);
-      }
-    for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < (p == q ? c : rows); ++r) lower[c * P + r] = static_cast<T>(tile[r * W + c]);
-  };
-  share_tasks(tiles * pieces, threads, [&](int64_t task) {
-    const auto [p, q] = pairs[task / pieces];
-    const int64_t piece = task % pieces;
-    if (pieces == 1) {
-      alignas(64) A sums[kTile];
-      multiply(p, q, 0, depth, sums);
-      store(p, q, sums);
-    } else {
-      multiply(p, q, piece * depth / pieces, (piece + 1) * depth / pieces, partial + task * kTile);
-    }
+  share_tasks(static_cast<int64_t>(pairs.size()), threads, [&](int64_t task) {
+    const int64_t p = pairs[task].first, q = pairs[task].second;
+    alignas(64) A sums[kCols<A> * kCols<A>];
+    multiply<A>(product, x, y, depth, depth, p, q, P, false, sums);
+    store<T, A>(sums, p, q, P, add, out);
   });
-  for (int64_t t = 0; pieces > 1 && t < tiles; ++t) {
-    A* sums = partial + t * pieces * kTile;
-    for (int64_t piece = 1; piece < pieces; ++piece)
-      for (int64_t k = 0; k < kTile; ++k) sums[k] += sums[piece * kTile + k];
-    store(pairs[t].first, pairs[t].second, sums);
-  }
 }
 
 template <class T>
 void rank_k(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   using A = accumulate_t<T>;
-  constexpr int64_t W = kCols<A>, kElements = 1 << 24, kPart = 32;
+  constexpr int64_t W = kCols<A>, kElements = 1 << 24, kPart = 32, kPieces = 64, kPiece = 256, kPartial = 1 << 21;
   const JacobianSizes& s = J.size;
   const int64_t P = s.O * s.I, rows = s.V * s.N, wide = panels<A>(P);
+  const int64_t pieces = std::min({kPieces, rows / kPiece, kPartial / (wide * (wide + 1) / 2 * W * W)});
+  if (pieces > 1) return rank_k_by_rows<T>(J, sign, pieces, out);
   const int64_t depth = std::min(rows, std::max<int64_t>(256, kElements / (wide * W)));
   const bool threads = double(rows) * P * (P / 2 + s.S) > kWorthThreads;
   Buffer<A> x(wide * depth * W), y(sign.data ? wide * depth * W : 0);
@@ -159,13 +209,7 @@ void rank_k(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
     const int64_t count = std::min(depth, rows - first);
     share_tasks(divide_up(count, kPart), threads, [&](int64_t part) {
       const int64_t k0 = part * kPart, k1 = std::min(count, k0 + kPart);
-      form_rows<T, A>(J, first + k0, k1 - k0, count, x + k0 * W);
-      if (!sign.data) return;
-      for (int64_t k = k0; k < k1; ++k) {
-        const A w = sign((first + k) % s.V, (first + k) / s.V);
-        for (int64_t p = 0; p < wide; ++p)
-          for (int64_t c = 0; c < W; ++c) y[(p * count + k) * W + c] = w * x[(p * count + k) * W + c];
-      }
+      form_signed_rows<T, A>(J, sign, first + k0, k1 - k0, count, x + k0 * W, y + k0 * W);
     });
     const A* left = sign.data ? y : x;
     if (narrow) update<A, A>(x, left, count, P, first > 0, threads, sum);
@@ -191,7 +235,7 @@ void block_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& s
     const Jacobian<T> J(g, a, s);
     const Sign<T> signs(sign);
     T* to = static_cast<T*>(out.data_ptr());
-    s.S == 1 && pairs <= rows ? by_pairs<T>(J, signs, to) : rank_k<T>(J, signs, to);
+    s.S == 1 && s.I > 1 && pairs <= rows ? by_pairs<T>(J, signs, to) : rank_k<T>(J, signs, to);
   });
 }
 

@@ -122,16 +122,21 @@ def _check_size(matrix: Any, joined: dict[str, tuple[Factor, bool]]) -> None:
 
 
 def _input_factor(factor: Factor, ones: bool) -> Tensor:
+    """``sum a a^T`` over samples and positions; with ``ones`` for a that ends with a one."""
     if factor.a is None:
         return factor.g.new_ones(1, 1)
-    flat = factor.a.reshape(-1, factor.inputs)
+    a, I = factor.a, factor.inputs
     if factor.rows is not None:
-        full = flat.new_zeros(factor.shape[0], factor.shape[0])
-        full[factor.rows[:, None], factor.rows] = flat.T @ flat
+        full = a.new_zeros(factor.shape[0], factor.shape[0])
+        full[factor.rows[:, None], factor.rows] = mirrored_gram(a)
         return full
-    if ones:
-        flat = torch.cat([flat, flat.new_ones(flat.shape[0], 1)], 1)
-    return mirrored_gram(flat)
+    if not ones:
+        return mirrored_gram(a)
+    A = a.new_empty(I + 1, I + 1)
+    A[:I, :I] = mirrored_gram(a)
+    A[I, :I] = A[:I, I] = a.sum((0, 1))
+    A[I, I] = a.shape[0] * a.shape[1]
+    return A
 
 
 def _output_factor(factor: Factor, sign: Tensor | None, working_bytes: int) -> Tensor:
@@ -142,5 +147,4 @@ def _output_factor(factor: Factor, sign: Tensor | None, working_bytes: int) -> T
             total = part if total is None else total + part
         assert total is not None
         return total
-    flat = factor.g.reshape(-1, factor.outputs)
-    return mirrored_gram(flat, None if sign is None else sign[:, :, None].expand(factor.g.shape[:3]).reshape(-1))
+    return mirrored_gram(factor.g.flatten(0, 1), None if sign is None else sign.reshape(-1))
