@@ -76,10 +76,12 @@ def hessian_blocks(p: Problem) -> Contestant:
     return lambda: tc.Hessian(p.model, LOSS, (p.x, p.y)).blocks(), lambda r: _blocks(p, r)
 
 
-def _tracked(p: Problem, ask: Callable[[Any], Tensor]) -> Contestant:
+def _tracked(p: Problem, ask: Callable[[Any], Tensor], parameter_gradients: bool) -> Contestant:
+    """A step of training, with the gradients of the parameters or without (which the peers cannot leave out)."""
+
     def run() -> Tensor:
         p.model.zero_grad()
-        with tc.track(p.model) as t:
+        with tc.track(p.model, parameter_gradients=parameter_gradients) as t:
             LOSS(p.model(p.x), p.y).backward()
         return ask(t)
 
@@ -87,11 +89,19 @@ def _tracked(p: Problem, ask: Callable[[Any], Tensor]) -> Contestant:
 
 
 def norms(p: Problem) -> Contestant:
-    return _tracked(p, lambda t: t.gradient_norms())
+    return _tracked(p, lambda t: t.gradient_norms(), False)
 
 
 def gram(p: Problem) -> Contestant:
-    return _tracked(p, lambda t: t.gradient_gram())
+    return _tracked(p, lambda t: t.gradient_gram(), False)
+
+
+def norms_of_step(p: Problem) -> Contestant:
+    return _tracked(p, lambda t: t.gradient_norms(), True)
+
+
+def gram_of_step(p: Problem) -> Contestant:
+    return _tracked(p, lambda t: t.gradient_gram(), True)
 
 
 def factors(p: Problem, found: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

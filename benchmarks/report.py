@@ -9,7 +9,7 @@ OURS = "torch_curvature"
 
 def best_other(entry: dict) -> tuple[str, float] | None:
     """The fastest contestant that is right and not ours."""
-    timed = {k: c["median_ms"] for k, c in entry["contestants"].items() if k != OURS and "median_ms" in c}
+    timed = {k: c["median_ms"] for k, c in entry["contestants"].items() if not k.startswith(OURS) and "median_ms" in c}
     return min(timed.items(), key=lambda item: item[1]) if timed else None
 
 
@@ -18,7 +18,7 @@ def best_peer(entry: dict) -> tuple[str, float] | None:
     timed = {
         k: c["median_ms"]
         for k, c in entry["contestants"].items()
-        if k not in (OURS, "plain torch") and "median_ms" in c
+        if not k.startswith((OURS, "plain torch")) and "median_ms" in c
     }
     return min(timed.items(), key=lambda item: item[1]) if timed else None
 
@@ -105,7 +105,9 @@ def draw(results: dict, path: Path) -> None:
     for axis, entry in zip(axes.flat, entries):
         timed = [(k, c["median_ms"]) for k, c in entry["contestants"].items() if "median_ms" in c]
         timed.sort(key=lambda item: -item[1])
-        colours = ["#c44e52" if k == OURS else "#8c8c8c" if k == "plain torch" else "#4c72b0" for k, _ in timed]
+        colours = [
+            "#c44e52" if k.startswith(OURS) else "#8c8c8c" if k == "plain torch" else "#4c72b0" for k, _ in timed
+        ]
         axis.barh([k for k, _ in timed], [t for _, t in timed], color=colours)
         axis.axvline(entry["floor_ms"], color="black", linestyle=":", linewidth=1.2)
         axis.set_xscale("log")

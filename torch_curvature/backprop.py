@@ -20,7 +20,7 @@ from .factors import Factor
 from .fallback import per_sample_jacobians
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
-from .trust import verify
+from .trust import check_same_pass, verify
 
 # Unfolded inputs that are kept between chunks of columns.
 KEEP_BYTES = 1 << 28
@@ -30,6 +30,11 @@ PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDi
 
 class Backpropagation:
     """Turns columns into factors for one captured batch.
+
+    Args:
+        repeatable: the forward pass can be run again sample by sample.
+        attached: where the pass was made without the parameters in its graph, makes it once more with them: there is
+            nothing else that its factors could be compared with.
 
     Attributes:
         plan: how each parameter is handled.
@@ -42,12 +47,14 @@ class Backpropagation:
         captured: Capture,
         forward: Callable[[nn.Module, Any], tuple[Any, Any]],
         repeatable: bool = True,
+        attached: Callable[[], Capture] | None = None,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.captured = captured
         self.forward = forward
         self.repeatable = repeatable
+        self.attached = attached
         self._kept: dict[Any, Any] = {}
         self._kept_bytes = 0
         self.plan = self._plan()
@@ -62,15 +69,25 @@ class Backpropagation:
             tuple(record.signature),
             tuple(sorted(record.escaped)),
             self.repeatable,
+            self.attached is None,
         )
         plan = known.get(key)
         if plan is None:
-            plan = self.plan = Plan()
-            verify(self)
+            plan = self._new_plan()
             if len(known) >= 64:
                 known.clear()
             if plan.conclusive and not record.reorders:
                 known[key] = plan
+        return plan
+
+    def _new_plan(self) -> Plan:
+        if self.attached is None:
+            self.plan = Plan()
+            verify(self)
+            return self.plan
+        captured = self.attached()
+        plan = Backpropagation(self.model, self.parameters, captured, self.forward, self.repeatable).plan
+        check_same_pass(self.captured, captured)
         return plan
 
     # ------------------------------------------------------------------ columns

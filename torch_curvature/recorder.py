@@ -9,7 +9,7 @@ user's modules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .layers import FUNCTION_RULES, MODULE_RULES, OPENED, WRITTEN_OUT, Use
+from .detaching import recomputes, start_of_graph
+from .layers import DETACHABLE, FUNCTION_RULES, MODULE_RULES, OPENED, WRITTEN_OUT, Use
 from .layers.watched import REFUSALS, REORDERING, SUMS, indexes_by_data
 from .layers.watched import UnsupportedModelError as UnsupportedModelError
 
@@ -63,15 +64,19 @@ class Recorder(TorchFunctionMode):
         parameters: by name.
         write_out: replace attention and weight normalisation by simpler functions too, as derivatives other than
             the gradient need it. Functions that hide layers inside them are always opened.
+        detach: keep the parameters of layers with a rule out of autograd's graph; ``on_attached`` is called with the
+            names of those that stay in it.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, write_out: bool = True) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], *, write_out: bool = True, detach: bool = False) -> None:
         super().__init__()
+        self.detach = detach
         self.names = {id(p): name for name, p in parameters.items()}
         self.replacements = WRITTEN_OUT if write_out else OPENED
         self.record = Record()
         self.active = True
         self.on_record: Callable[[Tensor, int], None] | None = None
+        self.on_attached: Callable[[str], None] | None = None
         self._covered: dict[int, Tensor] = {}  # outputs that are views of a parameter, and already a use of it
         self._shared: dict[int, tuple[Tensor, int]] = {}  # looked-up rows and the index of their use
         self._suspended: list[set[int]] = []  # parameters that a module's own rule answers for
@@ -97,7 +102,7 @@ class Recorder(TorchFunctionMode):
         if refusal is not None:
             refusal(*args, **kwargs)
         touched = self._touched(args, kwargs)
-        output = func(*args, **kwargs)
+        output = self._detached(func, args, kwargs, touched) if touched and self.detach else func(*args, **kwargs)
         if touched:
             self._record_call(func, args, kwargs, output, touched)
         if self._shared and func in SUMS:
@@ -107,6 +112,25 @@ class Recorder(TorchFunctionMode):
         if func in REORDERING:
             self.record.reorders = self.record.reorders or indexes_by_data(func, args)
         return output
+
+    def _detached(self, func: Any, args: Any, kwargs: Any, touched: list[int]) -> Any:
+        """The call without its parameters in the graph, which starts at the output if it has not started yet."""
+        if func not in DETACHABLE or "out" in kwargs or recomputes():
+            output = func(*args, **kwargs)
+            if func in FUNCTION_RULES or _carries_gradient(output, self._is_parameter):
+                self._attach(touched)
+            return output
+        kwargs = {key: self._bare(value) for key, value in kwargs.items()}
+        output = func(*(self._bare(value) for value in args), **kwargs)
+        return start_of_graph(output) if torch.is_grad_enabled() and not output.requires_grad else output
+
+    def _bare(self, value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and self.owner(value) is not None else value
+
+    def _attach(self, owners: Iterable[int]) -> None:
+        if self.detach and self.on_attached is not None:
+            for owner in owners:
+                self.on_attached(self.names[owner])
 
     def owner(self, tensor: Tensor) -> int | None:
         """Identity of the tracked parameter that ``tensor`` is, or is a view of."""
@@ -216,9 +240,12 @@ class Recorder(TorchFunctionMode):
 
             def before(module: nn.Module, inputs: Any, own: set[int] = own) -> None:
                 self._suspended.append(own)
+                self._attach(p for p in own if p in self.names)
 
             def after(module: nn.Module, inputs: Any, output: Any, rule: Any = rule, own: set[int] = own) -> None:
                 self._suspended.remove(own)
+                if not self.active:
+                    return
                 self.record.signature.append(rule)
                 covered = set()
                 if isinstance(output, Tensor) and output.requires_grad:

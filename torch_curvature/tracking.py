@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .attached import attached_pass, batch_size, counts_samples, joined
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
+from .detaching import WithheldGradient
 from .factors import Factor, gradient_moments, gram, squared_norms
 from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError
@@ -45,15 +48,22 @@ class TrackedBatch:
 class Track:
     """Per-sample quantities of the backward passes seen; see :func:`track`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameter_gradients: bool = True) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not parameter_gradients and isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "parameter_gradients=False with DistributedDataParallel, which waits for the gradients of all "
+                "parameters: track and call the module inside it"
+            )
         self._model = unwrapped(model)
         self._parameters = trainable_parameters(self._model)
         if not self._parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to track")
-        self._recorder = Recorder(self._parameters, write_out=False)
+        self._recorder = Recorder(self._parameters, write_out=False, detach=not parameter_gradients)
         self._recorder.on_record = self._watch
+        self._recorder.on_attached = self._withhold
+        self._withheld: set[str] = set()
         self._batches: list[TrackedBatch] = []
         self._inside = False
         self._stack: contextlib.ExitStack | None = None
@@ -84,6 +94,12 @@ class Track:
             hook.remove()
         self._hooks.clear()
 
+    def _withhold(self, name: str) -> None:
+        """No ``.grad`` for a parameter that is in the graph all the same."""
+        if name not in self._withheld:
+            self._withheld.add(name)
+            self._hooks.append(WithheldGradient(self._parameters[name]))
+
     def _watch(self, output: Tensor, edge: int) -> None:
         if self._inside:
             derivatives = self._batches[-1].derivatives
@@ -109,10 +125,9 @@ class Track:
         batch.drew = batch.random.changed()
         batch.uses = len(batch.record.uses)
         batch.escaped = frozenset(batch.record.escaped)
-        batch.versions = {name: p._version for name, p in self._model.named_parameters()}
         leaves = pytree.tree_leaves(output)
-        batch.samples = _batch_size(leaves, (args, kwargs))
-        chosen = [i for i, leaf in enumerate(leaves) if _counts_samples(leaf, batch.samples)]
+        batch.samples = batch_size(leaves, (args, kwargs))
+        chosen = [i for i, leaf in enumerate(leaves) if counts_samples(leaf, batch.samples)]
         if not chosen:
             raise UnsupportedModelError(
                 f"no output of the model has a leading axis of {batch.samples} samples and a gradient"
@@ -121,17 +136,25 @@ class Track:
 
         def forward(model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
             found = pytree.tree_leaves(model(*inputs[0], **inputs[1]))
-            return _joined([found[i] for i in chosen]), None
+            return joined([found[i] for i in chosen]), None
 
         with self._recorder.paused():
-            outputs = _joined([leaves[i] for i in chosen])
+            outputs = joined([leaves[i] for i in chosen])
             captured = Capture(outputs, None, batch.record, batch.samples, (args, kwargs))
+            attached = None
+            if self._recorder.detach:
+                attached = partial(attached_pass, self._model, self._parameters, forward, captured, batch.random)
             batch.backpropagation = Backpropagation(
-                self._model, self._parameters, captured, forward, repeatable=not batch.drew
+                self._model, self._parameters, captured, forward, not batch.drew, attached
             )
             captured.outputs = outputs.detach()  # the graph is the user's to keep or free
             batch.output_like = captured.outputs
-            if batch.backpropagation.plan.fallback:
+            plan = batch.backpropagation.plan
+            if attached is not None:
+                for name in self._parameters.keys() - plan.closed.keys():
+                    self._withhold(name)
+            if plan.fallback:
+                batch.versions = {name: p._version for name, p in self._model.named_parameters()}
                 for i in chosen:
                     self._hooks.append(leaves[i].register_hook(lambda g, i=i: self._arrive(batch.arrived, i, g)))
 
@@ -173,7 +196,7 @@ class Track:
                 batch.arrived.get(i, torch.zeros(shape, dtype=like.dtype, device=like.device))
                 for i, shape in batch.output_shapes
             ]
-            batch.fallback = dict(backpropagation.fallback(_joined(arrived).unsqueeze(0)))
+            batch.fallback = dict(backpropagation.fallback(joined(arrived).unsqueeze(0)))
         yield from (batch.fallback or {}).items()
 
     def _check_repeatable(self, batch: TrackedBatch) -> None:
@@ -264,7 +287,7 @@ class Track:
         return coverage(self._model, plans)
 
 
-def track(model: nn.Module) -> Track:
+def track(model: nn.Module, parameter_gradients: bool = True) -> Track:
     """Observe a training step to get per-sample gradients out of the user's own backward pass.
 
         with tc.track(model) as t:
@@ -276,31 +299,17 @@ def track(model: nn.Module) -> Track:
     backward(); several such pairs follow one another along N. Active dropout is fine for parameters with a closed
     rule: the derivatives are those of the pass that was run.
 
+    Args:
+        model: the network.
+        parameter_gradients: False where only per-sample quantities are wanted (norms to select or clip by, Gram
+            matrices): no ``.grad`` is touched, and layers with a closed rule take part in the backward pass without
+            the gradients of their own weights: two matrix products each instead of three, none for the first layer.
+
     Raises:
         TypeError, ValueError: ``model`` is no module, or nothing in it requires a gradient.
-        UnsupportedModelError: in the forward pass, where batch normalisation uses batch statistics; when asking, where
-            parameters are used in the loss itself, or a random pass would have to be repeated.
+        UnsupportedModelError: in the forward pass, where batch normalisation uses batch statistics, or where
+            ``parameter_gradients=False`` and the model cannot be run a second time with the same result (it is, the
+            first time that its layers are seen, for the check of their derivatives); when asking, where parameters are
+            used in the loss itself, or a random pass would have to be repeated.
     """
-    return Track(model)
-
-
-def _batch_size(leaves: list[Any], inputs: Any) -> int:
-    """Leading axis of the first input that is shared by an output, else that of the first output."""
-    lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not lengths:
-        raise UnsupportedModelError("the model returned no tensor with a batch axis")
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in lengths:
-            return int(leaf.shape[0])
-    return int(lengths[0])
-
-
-def _counts_samples(leaf: Any, samples: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 0 and leaf.shape[0] == samples
-
-
-def _joined(outputs: list[Tensor]) -> Tensor:
-    """Several outputs as one, [N, total]."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat([output.flatten(1) if output.dim() > 1 else output[:, None] for output in outputs], 1)
+    return Track(model, parameter_gradients)

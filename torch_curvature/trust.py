@@ -70,6 +70,39 @@ def verify(pass_: Pass) -> None:
         _verify_fallback(pass_, r, w, reference)
 
 
+def check_same_pass(detached: Capture, attached: Capture) -> None:
+    """A pass made without the parameters in its graph must be the one with them, forwards and backwards.
+
+    Raises:
+        UnsupportedModelError: other layers were called, or other outputs or derivatives came out.
+    """
+    ours, theirs = detached.record, attached.record
+    same = ours.signature == theirs.signature and ours.escaped == theirs.escaped
+    if same:
+        generator = torch.Generator().manual_seed(20177)
+        r = torch.randn(detached.outputs.shape, generator=generator, dtype=torch.float64).to(detached.outputs)
+        pairs = [(detached.outputs.detach(), attached.outputs.detach())]
+        pulled = [
+            torch.autograd.grad(c.outputs, c.record.edges, r, retain_graph=True, allow_unused=True)
+            if c.record.edges
+            else ()
+            for c in (detached, attached)
+        ]
+        for first, second in zip(*pulled):
+            same = same and (first is None) == (second is None)
+            if first is not None and second is not None:
+                pairs.append((first, second))
+        same = same and all(
+            a.shape == b.shape and bool((a - b).norm() <= TOLERANCE[a.dtype] * b.norm()) for a, b in pairs
+        )
+    if not same:
+        raise UnsupportedModelError(
+            "the model did something else when its forward pass was made again with the parameters in the graph, as is "
+            "needed once to check the layers' derivatives (does it change its inputs or buffers, or is it not "
+            "deterministic?): call model.eval(), or leave parameter_gradients=True"
+        )
+
+
 def _distrust(
     pass_: Pass, name: str, indices: list[int], edges: Sequence[Tensor | None], w: Tensor, reference: Tensor
 ) -> str | None:
