@@ -32,6 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="default: .benchmarks/results.png")
     parser.add_argument("--growth", type=Path, metavar="FILE", help="draw how cost grows with N, O, I, S and V instead")
+    parser.add_argument(
+        "--rooflines", action="store_true", help="bounds of every kernel by data sheet, and times on a GPU"
+    )
     parser.add_argument("--list", action="store_true", help="names of the workloads")
     parser.add_argument("--peak", nargs=2, metavar=("WORKLOAD", "CONTESTANT"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -74,7 +77,8 @@ def check(case, label: str, reference):
 def measure(workload, device, limits: dict[str, float], options: argparse.Namespace) -> dict:
     import torch
 
-    from .measure import Clock, interleaved
+    from .kernels import bounds
+    from .measure import Clock, gpu_name, interleaved
 
     progress(f"{workload.name}: {workload.title}")
     case = workload.build(device)
@@ -89,7 +93,8 @@ def measure(workload, device, limits: dict[str, float], options: argparse.Namesp
     compute, memory = case.flops / limits["matmul"] * 1e3, case.bytes / limits["copy"] * 1e3
     entry: dict = {
         "name": workload.name, "title": workload.title, "target": workload.target,
-        "floor_ms": max(compute, memory), "compute_ms": compute, "memory_ms": memory, "contestants": {},
+        "floor_ms": max(compute, memory), "compute_ms": compute, "memory_ms": memory,
+        "bounds": bounds(case.flops, case.bytes, gpu_name(device)), "contestants": {},
     }  # fmt: skip
     runs = {}
     plain_only = ("torch_curvature", "plain torch")
@@ -128,20 +133,42 @@ def peak(name: str, label: str, options: argparse.Namespace) -> float:
         return float("nan")
 
 
+def print_rooflines(device) -> None:
+    """Bounds of the kernels; on a GPU beside what they take there."""
+    from .kernels import measured, table
+    from .measure import gpu_name
+
+    print(table(measured(device), gpu_name(device)) if device.type == "cuda" else table())
+
+
+def require(device) -> None:
+    """Stop where the device is not there, before anything is built on it."""
+    import torch
+
+    if device.type not in ("cpu", "cuda"):
+        sys.exit(f"--device {device}: the benchmarks run on cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: torch sees no CUDA device here; leave --device away to measure on the CPU")
+
+
 def main() -> None:
     options = arguments()
-    if not options.no_peers:
+    if not (options.no_peers or options.rooflines):
         environment.rerun_with_peers()
     import torch
 
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    require(device)
+    if options.rooflines:
+        print_rooflines(device)
+        return
     if options.list:
         for workload in chosen(options):
             print(f"{workload.name:24} {workload.title}")
         return
-    from .measure import Clock, ceilings, peak_memory
+    from .measure import Clock, ceilings, gpu_name, peak_memory
     from .workloads import WORKLOADS
 
     if options.peak:
@@ -159,7 +186,7 @@ def main() -> None:
 
     limits = ceilings(device, Clock(device))
     machine = {
-        "processor": environment.processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": gpu_name(device) or environment.processor(),
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "versions": environment.versions(),
         "matmul_gflops": limits["matmul"] / 1e9, "copy_GBs": limits["copy"] / 1e9, "fill_GBs": limits["fill"] / 1e9,
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),

@@ -34,6 +34,11 @@ class Clock:
         return before.elapsed_time(after)
 
 
+def gpu_name(device: torch.device) -> str:
+    """The name that CUDA gives the device; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 @dataclass
 class Timing:
     milliseconds: list[float]

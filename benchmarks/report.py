@@ -33,6 +33,7 @@ def table(entry: dict) -> str:
         f"floor {floor:.3g} ms (products {entry['compute_ms']:.3g}, result to memory {entry['memory_ms']:.3g}); "
         f"aim: {entry['target']} times the best peer",
         "",
+        *([f"{entry['bounds']}", ""] if "bounds" in entry else []),
         "| | ms, median | min | spread | of ours | of floor | peak MiB | error |",
         "|---|---|---|---|---|---|---|---|",
     ]

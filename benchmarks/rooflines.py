@@ -1,11 +1,12 @@
 """Bounds on the time of each CUDA kernel: bytes and flops that its shapes imply, over the data sheets of three GPUs.
 
-``python -m benchmarks.rooflines`` prints a table of bounds. They are **bounds, not measurements**: what a kernel that
-reaches the data sheet's bandwidth or arithmetic, whichever limits it, would take; launch latency is left out.
+They are **bounds, not measurements**: what a kernel that reaches the data sheet's bandwidth or arithmetic, whichever
+limits it, would take; launch latency is left out. ``python -m benchmarks --rooflines`` prints them (`kernels`).
 
 A multiply-add counts as two flops. `Work.flops` are those of the algorithm the kernel runs (packed pairs, half of a
 symmetric result), without the padding of tiles. bfloat16 and half go through tensor cores; where the operands are
-formed on the way, each is split in two parts and the tensor cores do three products (`Work.executed`).
+formed on the way, each is split in two parts and the tensor cores do three products (`Work.executed`). "tf32" is
+float32 where ``torch.backends.cuda.matmul.allow_tf32`` lets a product round its operands; the kernels keep float32.
 """
 
 from __future__ import annotations
@@ -13,28 +14,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+SIZE = {"float32": 4, "tf32": 4, "float64": 8, "float64 on tensor cores": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates by the vendor's data sheet: bytes and flops a second; tensor: dense, 16-bit inputs, float32 sums."""
+    """Peak rates by the vendor's documents, without sparsity: bytes a second, and flops a second by dtype.
+
+    Attributes:
+        multiprocessors: how many.
+        clocks: of the ordinary units and of the tensor cores, in Hz: the rates follow from them.
+        source: the document.
+    """
 
     name: str
     bandwidth: float
-    float32: float
-    float64: float
-    tensor: float
+    rates: dict[str, float]
+    multiprocessors: int
+    clocks: tuple[float, float]
+    source: str
+    words: tuple[str, ...]  # of the name that CUDA gives it
 
     def flops(self, dtype: str) -> float:
-        return {"float32": self.float32, "float64": self.float64}.get(dtype, self.tensor)
+        return self.rates["bfloat16" if dtype == "float16" else dtype]
+
+
+def _rates(float32: float, tf32: float, float64: float, float64_tensor: float, bfloat16: float) -> dict[str, float]:
+    """In Tflop/s; bfloat16 and half on tensor cores with sums in float32."""
+    given = (float32, tf32, float64, float64_tensor, bfloat16)
+    return {
+        name: 1e12 * rate
+        for name, rate in zip(("float32", "tf32", "float64", "float64 on tensor cores", "bfloat16"), given)
+    }
 
 
 DEVICES = (
-    Device("A100 SXM 80 GB", 2.039e12, 19.5e12, 9.7e12, 312e12),
-    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 989.4e12),
-    Device("RTX 5090", 1.792e12, 104.8e12, 1.64e12, 209.5e12),
-)
+    Device(
+        "A100 SXM 80 GB", 2.039e12, _rates(19.5, 156, 9.7, 19.5, 312), 108, (1.41e9, 1.41e9),
+        "NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM",
+        ("A100", "SXM4", "80GB"),
+    ),
+    Device(
+        "H100 SXM", 3.35e12, _rates(66.9, 494.7, 33.5, 66.9, 989.4), 132, (1.98e9, 1.83e9),
+        "NVIDIA H100 Tensor Core GPU Architecture white paper, H100 SXM5; bandwidth: data sheet",
+        ("H100", "80GB", "HBM3"),
+    ),
+    Device(
+        "RTX 5090", 1.792e12, _rates(104.8, 104.8, 1.64, 1.64, 209.5), 170, (2.407e9, 2.407e9),
+        "NVIDIA RTX Blackwell GPU Architecture white paper, GeForce RTX 5090; it has no float64 tensor cores",
+        ("RTX", "5090"),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,22 @@ def kronecker_sum(
     return formed(2 * N * left * right, SIZE[dtype] * (read + O * (O2 or O) * I * (I2 or I)), dtype)
 
 
+def curvature_block(
+    N: int, O: int, I: int, O2: int | None = None, I2: int | None = None, D: int = 0, dtype: str = "float32"
+) -> Work:
+    """m [N, O, O2], a [N, I], a2 [N, I2], d [N, D, O2] -> both triangles of [O I, O2 I2]; one layer without O2, I2.
+
+    Two layers: X[n, (o, i), p] = m a + g d is formed on the way (at most four flops an entry) and multiplied with a2.
+    """
+    if O2 is None or I2 is None:
+        read = N * (O * O + I)
+        return formed(2 * N * pairs(O) * pairs(I), SIZE[dtype] * (read + (O * I) ** 2), dtype)
+    read = N * (O * O2 + I + I2 + (O + D * O2 if D else 0))
+    product, forming = 2.0 * N * O * I * O2 * I2, 1.0 * N * O * O2 * (I + 2 * D)
+    moved = float(SIZE[dtype] * (read + 2 * O * I * O2 * I2))
+    return Work(product + forming, moved, dtype, split(dtype) * product + forming)
+
+
 def _operands(V: int, N: int, S: int, O: int, I: int) -> float:
     return float(V * N * S * O + N * S * I)
 
@@ -141,41 +187,19 @@ OPERATORS: dict[str, Callable[..., Work]] = {
         outer,
         frobenius_inner,
         kronecker_sum,
+        curvature_block,
         gauss_newton_block,
         gauss_newton_diagonal,
         jacobian_norms,
         jacobian_gram,
     )
 }
-EXAMPLES: list[tuple[str, dict[str, int]]] = [
-    ("outer", {"B": 4096, "m": 128, "n": 128}),
-    ("frobenius_inner", {"B": 4096, "m": 128, "n": 128}),
-    ("kronecker_sum", {"N": 512, "O": 64, "I": 65}),
-    ("gauss_newton_block", {"V": 10, "N": 512, "S": 1, "O": 64, "I": 65}),
-    ("gauss_newton_block", {"V": 10, "N": 128, "S": 256, "O": 64, "I": 64}),
-    ("gauss_newton_diagonal", {"V": 10, "N": 512, "S": 1, "O": 64, "I": 65}),
-    ("gauss_newton_diagonal", {"V": 10, "N": 128, "S": 1024, "O": 32, "I": 28}),
-    ("jacobian_norms", {"V": 1, "N": 512, "S": 1, "O": 512, "I": 785}),
-    ("jacobian_norms", {"V": 1, "N": 32, "S": 128, "O": 512, "I": 129}),
-    ("jacobian_gram", {"V": 10, "N": 128, "S": 1, "O": 64, "I": 65}),
-    ("jacobian_gram", {"V": 1, "N": 128, "S": 256, "O": 64, "I": 289}),
-]
 
 
-def table(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
-    """The examples' bounds as a Markdown table."""
-    head = ["operator", "shape", "dtype", "Gflop", "MB", *(d.name for d in DEVICES)]
-    lines = ["Bounds, not measured: microseconds at the data sheet's rates, and what limits.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, shape in EXAMPLES:
-        for dtype in dtypes:
-            work = OPERATORS[name](**shape, dtype=dtype)
-            cells = [name, " ".join(f"{k}={v}" for k, v in shape.items()), dtype]
-            cells += [f"{work.flops / 1e9:.3g}", f"{work.bytes / 1e6:.3g}"]
-            cells += [f"{work.seconds(d) * 1e6:.3g} ({work.limit(d)})" for d in DEVICES]
-            lines.append("| " + " | ".join(cells) + " |")
+def sources() -> str:
+    """Where the rates are from, as a Markdown list."""
+    lines = []
+    for d in DEVICES:
+        rates = ", ".join(f"{rate / 1e12:.4g} {name}" for name, rate in d.rates.items())
+        lines.append(f"- {d.name}: {d.bandwidth / 1e9:.0f} GB/s; Tflop/s: {rates}. {d.source}.")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -47,7 +47,7 @@ def _() -> nn.Module:
 @case("embedding bags with offsets", tokens(1, 5), fallback=("table.weight",))
 def _() -> nn.Module:
     return Function(
-        lambda m, x: m.last(torch.tanh(m.table(x.flatten(), torch.arange(len(x))))),
+        lambda m, x: m.last(torch.tanh(m.table(x.flatten(), torch.arange(len(x), device=x.device)))),
         table=nn.EmbeddingBag(5, 3, mode="sum"),
         last=nn.Linear(3, 3),
     )
@@ -198,7 +198,7 @@ class GPTBlock(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         N, T = index.shape
-        x = self.token(index) + self.position(torch.arange(T))
+        x = self.token(index) + self.position(torch.arange(T, device=index.device))
         q, k, v = self.attend(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(y.transpose(1, 2).reshape(N, T, -1))
@@ -214,7 +214,7 @@ def _() -> nn.Module:
 @case("rows looked up for all samples and used twice", features(3, 4), fallback=("table.weight",))
 def _() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
-        rows = m.table(torch.arange(3))
+        rows = m.table(torch.arange(3, device=x.device))
         return m.last(torch.tanh(x + rows) * rows).sum(1)
 
     return Function(run, table=nn.Embedding(5, 4), last=nn.Linear(4, 3))
@@ -223,7 +223,9 @@ def _() -> nn.Module:
 @case("positions cut from a longer table", features(3, 4))
 def _() -> nn.Module:
     return Function(
-        lambda m, x: m.last(torch.tanh(torch.add(m.rows(torch.arange(3)), x + m.one[:3] + m.two[:, :3]))).sum(1),
+        lambda m, x: m.last(
+            torch.tanh(torch.add(m.rows(torch.arange(3, device=x.device)), x + m.one[:3] + m.two[:, :3]))
+        ).sum(1),
         rows=nn.Embedding(3, 4),
         one=parameter(5, 4),
         two=parameter(1, 4, 4),
