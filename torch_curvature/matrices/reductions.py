@@ -46,7 +46,7 @@ def kronecker_of(matrix: Any, sharing: str) -> dict[str, tuple[Tensor, Tensor]]:
     checked = False
     for batch in matrix._sweep("kronecker"):
         first = True
-        for factors, sign in batch.chunks():
+        for factors, sign in batch.chunks(few=True):
             joined = _with_bias(matrix, factors)
             if not checked:
                 _check_size(matrix, joined)
