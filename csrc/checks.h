@@ -191,14 +191,15 @@ inline KroneckerSizes check_kronecker_sum(const Tensor& b, const Tensor& a, cons
   return s;
 }
 
-// Jacobians J[v, n] = sum_s g[v, n, s] (x) a[n, s]: g [V, N, S, O], a [N, S, I]
-struct JacobianSizes {
-  int64_t V, N, S, O, I;
-};
 inline void check_exact_rank(const char* op, const Argument& x, int64_t rank, const char* axes) {
   CURVATURE_CHECK(x.tensor.dim() == rank, op, ": '", x.name, "' has shape ", shape_text(x.tensor),
                   ", but it must have ", rank, " axes: [", axes, "].");
 }
+
+// Jacobians J[v, n] = sum_s g[v, n, s] (x) a[n, s]: g [V, N, S, O], a [N, S, I]
+struct JacobianSizes {
+  int64_t V, N, S, O, I;
+};
 inline JacobianSizes check_jacobian(const char* op, const Argument& g, const Argument& a) {
   check_floating(op, g);
   check_floating(op, a);

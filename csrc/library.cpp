@@ -16,6 +16,11 @@ STABLE_TORCH_LIBRARY(torch_curvature, m) {
   // [*, N, O, O2], [*, N, I], [*, N, I2] -> [*, O I, O2 I2]
   m.def("kronecker_sum(Tensor b, Tensor a, Tensor? a2, bool symmetric) -> Tensor");
   m.def("kronecker_sum_out(Tensor b, Tensor a, Tensor? a2, bool symmetric, Tensor(a!) out) -> ()");
+  // m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2] -> a block between the parameters of two layers (of one
+  // with itself where a2 is left out), at the places `rows` and `columns` of the symmetric matrix out [P, P]
+  m.def(
+      "curvature_block(Tensor m, Tensor a, Tensor? a2, Tensor? g, Tensor? d, int[] rows, int[] columns, bool add, "
+      "Tensor(a!) out) -> ()");
   // Contractions of Jacobians J[v, n] = sum_s g[v, n, s] (x) a[n, s], with g [V, N, S, O], a [N, S, I], sign [V, N].
   // -> [V, N], squared norms
   m.def("jacobian_norms(Tensor g, Tensor a) -> Tensor");

@@ -21,11 +21,25 @@ def _checks() -> dict[str, float]:
         return float((got - want).abs().max() / want.abs().max())
 
     u, v, x, y, b, a = random(5, 3), random(5, 4), random(6, 9, 7), random(6, 9, 7), random(8, 3, 3), random(8, 5)
+    d, a2 = random(8, 5, 3), random(8, 4)  # a layer's input by the outputs of an earlier one, and that one's input
     g, h = random(2, 6, 4, 3), random(6, 4, 5)  # columns [V, N, S, O] and activations [N, S, I]
     b = b + b.mT
     kronecker = torch.einsum("nop,ni,nj->oipj", b, a, a).reshape(15, 15)
     J = torch.einsum("vnso,nsi->vnoi", g, h).flatten(2)  # [V, N, O I]
+    X = b[:, :, None] * a[:, None, :, None] + v[0, :3, None, None] * d[:, None]
+    mixed = torch.einsum("noip,nj->oipj", X, a2).reshape(15, 12)
+    matrix = tc.ops.curvature_block(
+        torch.zeros(27, 27, dtype=torch.float64),
+        b,
+        a,
+        a2,
+        g=v[0, :3].expand(8, 3),
+        d=d,
+        rows=tc.ops.Places(12, 5, 1),
+        columns=tc.ops.Places(0, 4, 1),
+    )
     return {
+        "curvature_block": error(matrix[12:, :12], mixed),
         "outer": error(tc.ops.outer(u, v), u[:, :, None] * v[:, None, :]),
         "frobenius_inner": error(tc.ops.frobenius_inner(x, y), (x * y).sum((-2, -1))),
         "kronecker_sum": error(tc.ops.kronecker_sum(b, a, symmetric=True), kronecker),

@@ -8,11 +8,10 @@
 // A task is a run of panels of b by a tile of pairs of a: it forms the products a a2 of its tile in the second-level
 // cache, multiplies, and scatters. Bytes to memory: G once, the packed pairs of b once for every tile of a.
 #pragma once
-#include "kernel.h"
+#include "placed.h"
 #include "tile_product.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -22,7 +21,7 @@ struct Pair {
   int64_t o, p;
 };
 
-// Right operands a [N, I] and a2 [N, I2], and the result.
+// Right operands a [N, I] and a2 [N, I2], and the result: G itself, or its places in a larger matrix.
 template <class T>
 struct KroneckerProblem {
   const T *a, *a2;
@@ -30,10 +29,12 @@ struct KroneckerProblem {
   int64_t N, O, O2, I, I2;
   bool same, symmetric;  // a2 is a; b[n] is symmetric
   T* G;
+  Places rows{0, I, 1, -1}, columns{0, I2, 1, -1};
+  int64_t ld = O2 * I2;
+  bool add = false;
 };
 
-constexpr int64_t kEdge = 16;  // edge of a tile of pairs (i, j): rows of a tile fill a cache line of float32
-constexpr int64_t kRun = 16;   // panels of b of one task
+constexpr int64_t kRun = 16;  // panels of b of one task
 
 struct PairTile {
   int64_t i0, i1, j0, j1;
@@ -116,7 +117,7 @@ CURVATURE_CLONES void pack_products(const T* a, int64_t an, int64_t ai, const T*
 // Writes the products of one pair (o, p) with a tile, line [columns], to all the places that hold them.
 template <class T, class A>
 CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProblem<T> s) {
-  const int64_t height = t.i1 - t.i0, width = t.j1 - t.j0, ld = s.O2 * s.I2;
+  const int64_t height = t.i1 - t.i0, width = t.j1 - t.j0;
   T tile[kEdge][kEdge], flipped[kEdge][kEdge];  // [i][j] and [j][i]
   if (!t.triangle && height == kEdge && width == kEdge) {
     for (int64_t i = 0; i < kEdge; ++i)
@@ -131,17 +132,14 @@ CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProble
         if (t.triangle) tile[j][i] = flipped[i][j] = tile[i][j];
       }
   }
-  auto write = [&](const T(*from)[kEdge], int64_t row, int64_t rows, int64_t col, int64_t cols) {
-    if (cols == kEdge)
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(s.G + (row + r) * ld + col, from[r], kEdge * sizeof(T));
-    else
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(s.G + (row + r) * ld + col, from[r], cols * sizeof(T));
+  auto write = [&](const T(*from)[kEdge], int64_t o, int64_t i, int64_t rows, int64_t p, int64_t j, int64_t columns) {
+    place_tile(from, PlacedRun{s.rows, o, i, rows, s.I}, PlacedRun{s.columns, p, j, columns, s.I2}, s.G, s.ld, s.add);
   };
   const bool off_diagonal = s.same && !t.triangle, twin = s.symmetric && q.o != q.p;
-  write(tile, q.o * s.I + t.i0, height, q.p * s.I2 + t.j0, width);
-  if (off_diagonal) write(flipped, q.o * s.I + t.j0, width, q.p * s.I2 + t.i0, height);
-  if (twin) write(flipped, q.p * s.I + t.j0, width, q.o * s.I2 + t.i0, height);
-  if (twin && off_diagonal) write(tile, q.p * s.I + t.i0, height, q.o * s.I2 + t.j0, width);
+  write(tile, q.o, t.i0, height, q.p, t.j0, width);
+  if (off_diagonal) write(flipped, q.o, t.j0, width, q.p, t.i0, height);
+  if (twin) write(flipped, q.p, t.j0, width, q.o, t.i0, height);
+  if (twin && off_diagonal) write(tile, q.p, t.i0, height, q.o, t.j0, width);
 }
 
 // Whether leaving out samples with b = 0 changes nothing: 0 times a product of these entries is 0, not NaN.

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..second_order import Node, SecondOrder
-from .expansion import SymmetricSum, pair_block
+from .expansion import pair_block
+from .layers import Layer, layer_of
 from .memory import Budget
+from .symmetric_sum import SymmetricSum
 
 
 class Contributions:
@@ -56,27 +58,57 @@ class Contributions:
         edges = sorted({node.edge for node in nodes})
         self._require(edges)
         at = {edge: [node for node in nodes if node.edge == edge] for edge in edges}
+        layers = {} if group.measured else self._layers(group, at)
         for place, edge in enumerate(edges):
-            before = edges[:place]
             M = self._hessians(edge, edges[: place + 1])
             g = self.second.gradient(edge)
-            for later in at[edge]:
-                inputs = self.second.input_derivatives(later, before)
-                own = None
-                if inputs and g is not None:
-                    own = self.second.through_rule(later, self.second.read(edge, g))[0]
-                for other in edges[: place + 1]:
-                    for earlier in at[other]:
-                        if other == edge and earlier.index > later.index:
-                            continue
-                        cross = None
-                        if own is not None and other in inputs:
-                            cross = own, self._right(earlier, inputs[other])
-                        block = pair_block(
-                            later, earlier, self._both(later, earlier, M.get(other)), cross, group.scratch
-                        )
-                        if block is not None:
-                            group.add_uses(later, earlier, block)
+            g = None if g is None else self.second.read(edge, g)
+            moved = {}  # the inputs of the uses here, by the outputs of earlier layers
+            if g is not None:
+                moved = {n.index: self.second.input_derivatives(n, edges[:place]) for n in at[edge]}
+            for other in edges[: place + 1]:
+                later, earlier = layers.get(edge), layers.get(other)
+                if later is None or earlier is None:
+                    self._add_uses(group, at[edge], at[other], M.get(other), g, moved)
+                    continue
+                D = None if later.input is None or g is None else moved[later.input.index].get(other)
+                group.add_layers(later, earlier, M.get(other), None if D is None or g is None else (g[0], D))
+
+    def _add_uses(
+        self,
+        group: SymmetricSum,
+        later: list[Node],
+        earlier: list[Node],
+        M: Tensor | None,
+        g: Tensor | None,
+        moved: dict[int, dict[int, Tensor]],
+    ) -> None:
+        """Pairs of uses at two edges, one by one."""
+        for node in later:
+            for other in earlier:
+                if node.edge == other.edge and other.index > node.index:
+                    continue
+                D = moved.get(node.index, {}).get(other.edge)
+                cross = None
+                if D is not None and g is not None:
+                    cross = self.second.through_rule(node, g)[0], self._right(other, D)
+                block = pair_block(node, other, self._both(node, other, M), cross, group.scratch)
+                if block is not None:
+                    group.add_uses(node, other, block)
+
+    def _layers(self, group: SymmetricSum, at: dict[int, list[Node]]) -> dict[int, Layer]:
+        """Edges whose uses go straight into their places of the matrix."""
+        if self.second.dtype != group.like.dtype:
+            return {}
+        names = [node.name for nodes in at.values() for node in nodes]
+        starts = {name: place.start for name, place in group.place.items()}
+        found = {}
+        for edge, nodes in at.items():
+            shape = self.second.captured.samples, self.second.width(edge)
+            layer = layer_of(nodes, names, starts, group.like.new_empty(()).expand(shape))
+            if layer is not None:
+                found[edge] = layer
+        return found
 
     def _require(self, edges: list[int]) -> None:
         """Refuse a batch whose second derivatives of one layer against all others cannot be held."""

@@ -18,9 +18,9 @@ from ..second_order import SecondOrder
 from .activation_space import Contributions
 from .base import Batch, Columns, Matrix
 from .blocks import normalised
-from .expansion import SymmetricSum
 from .products import as_vectors, like_given
 from .second_diagonal import add_diagonal
+from .symmetric_sum import SymmetricSum
 from .symmetry import check_second_derivatives, explained
 
 # Plans with the groups of parameters whose terms between layers agreed with Hessian-vector products.

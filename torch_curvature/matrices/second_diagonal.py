@@ -11,7 +11,8 @@ from ..factors import diagonal
 from ..second_order import Node, SecondOrder
 from .activation_space import Contributions, chosen_nodes
 from .base import Batch
-from .expansion import SymmetricSum, pair_diagonal
+from .expansion import pair_diagonal
+from .symmetric_sum import SymmetricSum
 
 
 def add_diagonal(matrix: Any, batch: Batch, second: SecondOrder, curved: bool, total: dict[str, Tensor]) -> None:
