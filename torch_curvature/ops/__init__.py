@@ -1,7 +1,7 @@
 """Operators with hand-written CPU and CUDA kernels, named by what they compute.
 
-Each is differentiable to any order in every mode of torch (but ``curvature_block``, which writes into a given matrix); float32, float64, bfloat16 and float16 with at least float32
-accumulation; any strides.
+Each is differentiable to any order in every mode of torch, but for ``curvature_block``, which writes into a given
+matrix; float32, float64, bfloat16 and float16 with at least float32 accumulation; any strides.
 """
 
 from .curvature_block import Places, curvature_block
