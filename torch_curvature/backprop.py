@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .capture import Capture
 from .factors import Factor
 from .fallback import per_sample_jacobians
+from .nodes import pull_back
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
-from .trust import check_same_pass, verify
+from .trust import check_same_pass, same_derivatives, verify
 
 # Unfolded inputs that are kept between chunks of columns.
 KEEP_BYTES = 1 << 28
@@ -70,6 +71,7 @@ class Backpropagation:
             tuple(sorted(record.escaped)),
             self.repeatable,
             self.attached is None,
+            record.hooked,
         )
         plan = known.get(key)
         if plan is None:
@@ -149,6 +151,18 @@ class Backpropagation:
 
         if columns.shape[0] == 1:
             return [None if d is None else d.unsqueeze(0) for d in backward(columns[0], False)]
+        known = None
+        if self.plan.by_nodes is not False and not self.captured.record.hooked:
+            known = pull_back(outputs, edges, columns)
+            if known is not None and self.plan.by_nodes:
+                return known
+        found = self._batched(backward, columns)
+        if known is not None:
+            self.plan.by_nodes = same_derivatives(known, found)
+        return found
+
+    def _batched(self, backward: Callable[[Tensor, bool], Sequence[Tensor | None]], columns: Tensor) -> Any:
+        """All columns in one backward pass, or one pass each where a function of the model cannot."""
         if self.plan.batched:
             try:
                 return backward(columns, True)

@@ -62,6 +62,7 @@ class Plan:
     unused: list[str] = field(default_factory=list)
     conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
     batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
+    by_nodes: bool | None = None  # the known nodes of the graph gave what autograd gives; None: not tried
 
 
 def coverage(model: nn.Module, plans: Iterable[Plan]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .detaching import recomputes, start_of_graph
 from .layers import DETACHABLE, FUNCTION_RULES, MODULE_RULES, OPENED, WRITTEN_OUT, Use
-from .layers.watched import REFUSALS, REORDERING, SUMS, indexes_by_data
+from .layers.watched import HOOKING, REFUSALS, REORDERING, SUMS, indexes_by_data
 from .layers.watched import UnsupportedModelError as UnsupportedModelError
 
 
@@ -48,6 +48,7 @@ class Record:
         escaped: names of parameters that went into a function without a rule.
         signature: what was called on what, hashable; the same signature means the same plan.
         reorders: something was indexed or sorted by data, so that the same signature need not mean the same plan.
+        hooked: the graph may have hooks, so that only autograd can go through it.
     """
 
     uses: list[RecordedUse] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Record:
     escaped: set[str] = field(default_factory=set)
     signature: list[Any] = field(default_factory=list)
     reorders: bool = False
+    hooked: bool = False
 
 
 class Recorder(TorchFunctionMode):
@@ -111,6 +113,8 @@ class Recorder(TorchFunctionMode):
             self._covered[id(output)] = output  # a view of an expanded parameter is no new use of the parameter
         if func in REORDERING:
             self.record.reorders = self.record.reorders or indexes_by_data(func, args)
+        elif func in HOOKING:
+            self.record.hooked = True
         return output
 
     def _detached(self, func: Any, args: Any, kwargs: Any, touched: list[int]) -> Any:

@@ -1,9 +1,10 @@
-"""Products with the network's Jacobian: ``J v`` in forward mode, ``J^T u`` by one backward pass."""
+"""Products with the network's Jacobian: ``J v`` by the graph's nodes or in forward mode, ``J^T u`` backwards."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import nodes
 from .backprop import Backpropagation
 from .capture import Capture, capture, observation
 from .plan import working_dtype
 from .recorder import Recorder
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+# Models in whose graph a node was found that is not known: their tangents are carried along with the forward pass.
+FORWARD_MODE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class TangentRecorder(Recorder):
@@ -55,6 +60,12 @@ def push_forward(
     model: nn.Module, forward: Forward, batch: Any, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
 ) -> tuple[Capture, Tensor]:
     """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
+    if model not in FORWARD_MODE:
+        captured = capture(model, forward, batch, parameters, Recorder({}))
+        by_nodes = nodes.push_forward(captured.outputs, parameters, tangents)
+        if by_nodes is not None:
+            return captured, by_nodes
+        FORWARD_MODE.add(model)
     _load_forward_mode()
     try:
         with observation(model), forward_ad.dual_level():

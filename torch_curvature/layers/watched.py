@@ -65,6 +65,9 @@ _REORDERING = [
 REORDERING = {getattr(owner, name) for owner in (torch, torch.Tensor) for name in _REORDERING if hasattr(owner, name)}
 REORDERING |= {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
+# Ways to a hook in the graph, which may make something else of a gradient: only autograd itself calls it.
+HOOKING: set[Any] = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}
+
 
 def indexes_by_data(func: Any, args: Any) -> bool:
     """Whether a call of one of these is more than indexing by integers and slices."""
