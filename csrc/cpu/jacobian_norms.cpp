@@ -1,11 +1,12 @@
 // jacobian_norms: out[v, n] = sum_oi J[v, n, o, i]^2, J[v, n] = sum_s g[v, n, s] (x) a[n, s]
 //
 // Shapes: g [V, N, S, O], a [N, S, I], out [V, N]. The cheapest by counted multiply-adds of
-//   S = 1: |g|^2 |a|^2                                                                V N O + N I
-//   Gram:  sum_st (g_s . g_t)(a_s . a_t), tile by tile, each s <= t once              N (V O + I) S (S + 1) / 2
-//   sum:   J[v, n] tile by tile, each squared and summed as it leaves the registers   V N S O I
+//   S = 1: |g|^2 |a|^2                                                                      V N O + N I
+//   pairs: sum_st (g_s . g_t)(a_s . a_t), each s <= t once, straight from the rows          N (V O + I) S (S + 1) / 2
+//   sum:   J[v, n] tile by tile, each squared and summed as it leaves the registers         V N S O I
 // Nothing of size S x S or O x I is stored. Bytes moved: those of g and a, once.
 #include "jacobian.h"
+#include "overlaps.h"
 
 namespace torch_curvature::cpu {
 namespace {
@@ -24,18 +25,17 @@ CURVATURE_CLONES A sum_of_squares(const T* x, int64_t count, int64_t stride) {
   return lanes[0] + tail;
 }
 
-// lanes[c] += w sum_r x[r, c] y[r, c] over the rows and columns of a tile that count.
+// lanes[c] += sum_r x[r, c]^2 over the rows and columns of a tile that count.
 template <class A>
-CURVATURE_CLONES void add_products(const A* __restrict__ x, const A* __restrict__ y, int64_t rows, int64_t cols, A w,
-                                   A* __restrict__ lanes) {
+CURVATURE_CLONES void add_squares(const A* __restrict__ x, int64_t rows, int64_t cols, A* __restrict__ lanes) {
   A sum[kCols<A>] = {};
   if (cols == kCols<A>)
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < kCols<A>; ++c) sum[c] += x[r * kCols<A> + c] * y[r * kCols<A> + c];
+      for (int64_t c = 0; c < kCols<A>; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
   else
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c) sum[c] += x[r * kCols<A> + c] * y[r * kCols<A> + c];
-  for (int64_t c = 0; c < kCols<A>; ++c) lanes[c] += w * sum[c];
+      for (int64_t c = 0; c < cols; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
+  for (int64_t c = 0; c < kCols<A>; ++c) lanes[c] += sum[c];
 }
 
 template <class A>
@@ -58,28 +58,41 @@ void one_position(const Jacobian<T>& J, T* out) {
   });
 }
 
-// Columns [v0, v1) of one sample through the overlaps of its positions.
+// Rows of whole vectors: a copy of x [rows, depth] that ends in zeros, made tile by tile for the sake of transposes.
 template <class T, class A>
-void by_gram(const Jacobian<T>& J, int64_t n, int64_t v0, int64_t v1, T* out) {
-  constexpr int64_t W = kCols<A>, kBands = W / kRows;
+CURVATURE_CLONES void copy_rows(const T* x, int64_t row, int64_t stride, int64_t rows, int64_t depth, int64_t padded,
+                                A* __restrict__ out) {
+  constexpr int64_t kEdge = 16;
+  for (int64_t s0 = 0; s0 < rows; s0 += kEdge)
+    for (int64_t k0 = 0; k0 < depth; k0 += kEdge)
+      for (int64_t s = s0; s < std::min(rows, s0 + kEdge); ++s)
+        for (int64_t k = k0; k < std::min(depth, k0 + kEdge); ++k)
+          out[s * padded + k] = static_cast<A>(x[s * row + k * stride]);
+  for (int64_t s = 0; s < rows; ++s)
+    for (int64_t k = depth; k < padded; ++k) out[s * padded + k] = 0;
+}
+
+// Columns [v0, v1) of samples [first, last) through the overlaps of their positions.
+template <class T, class A>
+void by_pairs(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int64_t v1, T* out) {
   const JacobianSizes& s = J.size;
-  const int64_t columns = panels<A>(s.S), each = columns * s.O * W;
-  const auto product = tile_product<A>();
-  Buffer<A> ap(columns * s.I * W), gp((v1 - v0) * each), overlap(kRows * W), inner(kRows * W), lanes((v1 - v0) * W);
-  std::fill_n(static_cast<A*>(lanes), (v1 - v0) * W, A(0));
-  pack_panels<T, A>(J.a_at(n), s.I, J.ai, s.S, J.as, ap);
-  for (int64_t v = v0; v < v1; ++v) pack_panels<T, A>(J.g_at(v, n), s.O, J.go, s.S, J.gs, gp + (v - v0) * each);
-  for (int64_t q = 0; q < columns; ++q)
-    for (int64_t r = 0; r < std::min((q + 1) * kBands, divide_up(s.S, kRows)); ++r) {
-      const int64_t rows = std::min(kRows, s.S - r * kRows), cols = panel_width<A>(s.S, q);
-      const A twice = r / kBands < q ? 2 : 1;  // both orders of a pair (s, t), except in the blocks on the diagonal
-      packed_tile<A>(product, ap, r, s.S, ap, q, s.S, s.I, overlap);
-      for (int64_t v = 0; v < v1 - v0; ++v) {
-        packed_tile<A>(product, gp + v * each, r, s.S, gp + v * each, q, s.S, s.O, inner);
-        add_products<A>(overlap, inner, rows, cols, twice, lanes + v * W);
-      }
+  const auto kernel = overlaps<A>();
+  const int64_t L = kernel.lanes, I = divide_up(s.I, L) * L, O = divide_up(s.O, L) * L, V = v1 - v0;
+  const bool direct_a = std::is_same_v<T, A> && J.ai == 1 && I == s.I,
+             direct_g = std::is_same_v<T, A> && J.go == 1 && O == s.O;
+  Buffer<A> copy_a(direct_a ? 0 : s.S * I), copy_g(direct_g ? 0 : V * s.S * O), lanes(V * L), sums(V);
+  for (int64_t n = first; n < last; ++n) {
+    Rows<A> a{copy_a, 0, I, I}, g{copy_g, s.S * O, O, O};
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct_a) a = {J.a_at(n), 0, J.as, I};
+      if (direct_g) g = {J.g_at(v0, n), J.gv, J.gs, O};
     }
-  for (int64_t v = v0; v < v1; ++v) out[v * s.N + n] = static_cast<T>(total<A>(lanes + (v - v0) * W));
+    if (!direct_a) copy_rows<T, A>(J.a_at(n), J.as, J.ai, s.S, s.I, I, copy_a);
+    if (!direct_g)
+      for (int64_t v = 0; v < V; ++v) copy_rows<T, A>(J.g_at(v0 + v, n), J.gs, J.go, s.S, s.O, O, copy_g + v * s.S * O);
+    kernel.sum(a, g, s.S, V, lanes, sums);
+    for (int64_t v = 0; v < V; ++v) out[(v0 + v) * s.N + n] = static_cast<T>(sums[v]);
+  }
 }
 
 // Columns [v0, v1) of one sample through the tiles of J.
@@ -96,7 +109,7 @@ void by_sum(const Jacobian<T>& J, int64_t n, int64_t v0, int64_t v1, T* out) {
     for (int64_t q = 0; q < panels<A>(s.I); ++q)
       for (int64_t r = 0; r < divide_up(s.O, kRows); ++r) {
         packed_tile<A>(product, gp, r, s.O, ap, q, s.I, s.S, tile);
-        add_products<A>(tile, tile, std::min(kRows, s.O - r * kRows), panel_width<A>(s.I, q), A(1), lanes);
+        add_squares<A>(tile, std::min(kRows, s.O - r * kRows), panel_width<A>(s.I, q), lanes);
       }
     out[v * s.N + n] = static_cast<T>(total<A>(lanes));
   }
@@ -107,17 +120,23 @@ void norms(const Jacobian<T>& J, T* out) {
   using A = accumulate_t<T>;
   const JacobianSizes& s = J.size;
   if (s.S == 1) return one_position<T>(J, out);
-  // Multiply-adds of one sample, in whole tiles, with what it takes to pack the operands and to use a tile.
-  const double V = s.V, W = kCols<A>, S = s.S, O = s.O, I = s.I, bands = divide_up(s.S, kRows);
-  const double pairs = s.S <= kCols<A> ? bands : bands * (panels<A>(s.S) + 1) / 2, tile = kRows * W;
-  const double gram = pairs * tile * (V * (O + 16) + I) + 16 * S * (V * O + I);
-  const double sum = V * divide_up(s.O, kRows) * panels<A>(s.I) * tile * (S + 12) + 8 * S * (V * O + I);
-  const bool whole = s.N >= 16;  // enough samples to share: a task is a sample, else a column of one
-  const int64_t step = whole ? std::max<int64_t>(1, std::min(s.V, (1 << 20) / std::max<int64_t>(1, s.S * s.O))) : 1;
-  const int64_t steps = divide_up(s.V, step);
-  share_tasks(s.N * steps, s.N * std::min(gram, sum) > kWorthThreads, [&](int64_t task) {
-    const int64_t n = task / steps, v0 = task % steps * step, v1 = std::min(s.V, v0 + step);
-    gram < sum ? by_gram<T, A>(J, n, v0, v1, out) : by_sum<T, A>(J, n, v0, v1, out);
+  // Multiply-adds of one sample, in whole tiles and blocks, with what it takes to pack, and to use a tile or a block.
+  const double V = s.V, S = s.S, O = s.O, I = s.I;
+  const double sum = V * divide_up(s.O, kRows) * panels<A>(s.I) * (kRows * kCols<A>)*(S + 12) + 8 * S * (V * O + I);
+  const auto kernel = overlaps<A>();
+  const double R = kernel.rows, L = kernel.lanes, blocks = divide_up(s.S, kernel.rows);
+  const double pairs = blocks * (blocks + 1) / 2 * R * R * (V * (O + 2 * L) + I + 6 * L), cost = std::min(pairs, sum);
+  const bool worth_threads = s.N * cost > kWorthThreads;
+  // A task is as many samples as are worth it; where there are few, some columns of one; never more than stay in cache.
+  const int64_t each = std::clamp<int64_t>(static_cast<int64_t>(kWorthThreads / cost), 1, divide_up(s.N, 8));
+  const int64_t cached = std::max<int64_t>(1, (1 << 18) / (s.S * s.O));
+  const int64_t step = std::min(cached, divide_up(s.V, s.N >= 8 ? 1 : 8 / s.N)), steps = divide_up(s.V, step);
+  const int64_t tasks = divide_up(s.N, each);
+  share_tasks(tasks * steps, worth_threads, [&](int64_t task) {
+    const int64_t first = task / steps * each, last = std::min(s.N, first + each);
+    const int64_t v0 = task % steps * step, v1 = std::min(s.V, v0 + step);
+    if (pairs < sum) return by_pairs<T, A>(J, first, last, v0, v1, out);
+    for (int64_t n = first; n < last; ++n) by_sum<T, A>(J, n, v0, v1, out);
   });
 }
 

@@ -1,7 +1,9 @@
 // outer: out[b, i, j] = u[b, i] v[b, j]
 // Shapes: u [B, m], v [B, n], out [B, m, n]. Bytes moved: B (m + n + m n) elements, all but B (m + n) of them writes.
-// A thread takes a run of whole rows (b, i) of the output.
+// A thread takes a run of whole rows (b, i) of the output. Fresh pages come zeroed through the caches and are written
+// there; a large `out` that exists is written past them.
 #include "kernel.h"
+#include "streaming.h"
 
 namespace torch_curvature::cpu {
 namespace {
@@ -24,12 +26,13 @@ struct Operand {
   int64_t batch, stride;
 };
 
+// Here and below: rows [first, last) of the result, `out` where the first of them goes.
 template <class T>
 CURVATURE_CLONES void outer_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, int64_t first,
                                  int64_t last) {
   int64_t b = first / m, i = first % m;
-  for (int64_t row = first; row < last; ++row) {
-    scaled_row(u.data[b * u.batch + i * u.stride], v.data + b * v.batch, v.stride, out + row * n, n);
+  for (int64_t row = first; row < last; ++row, out += n) {
+    scaled_row(u.data[b * u.batch + i * u.stride], v.data + b * v.batch, v.stride, out, n);
     if (++i == m) i = 0, ++b;
   }
 }
@@ -45,9 +48,9 @@ CURVATURE_CLONES void outer_short_rows(Operand<T> u, Operand<T> v, T* __restrict
     A right[n];
     for (int j = 0; j < n; ++j) right[j] = static_cast<A>(y[j * v.stride]);
     const int64_t end = std::min(last, row + m - i);
-    for (; row < end; ++row, ++i) {
+    for (; row < end; ++row, ++i, out += n) {
       const A left = static_cast<A>(x[i * u.stride]);
-      for (int j = 0; j < n; ++j) out[row * n + j] = static_cast<T>(left * right[j]);
+      for (int j = 0; j < n; ++j) out[j] = static_cast<T>(left * right[j]);
     }
     i = 0, ++b;
   }
@@ -68,7 +71,25 @@ void outer_any_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, in
   }
 }
 
-void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& out) {
+// The same through a buffer in the first cache: whole rows, as many as end on a line where that can be, or pieces of
+// one.
+template <class T>
+void outer_streamed(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, int64_t first, int64_t last) {
+  constexpr int64_t kStage = 8192 / sizeof(T), kLine = kLineBytes / sizeof(T);
+  alignas(kLineBytes) T stage[kStage];
+  const int64_t width = std::min(n, kStage), fit = kStage / width, rows = fit > kLine ? fit / kLine * kLine : fit;
+  for (int64_t row = first; row < last; row += rows) {
+    const int64_t end = std::min(last, row + rows);
+    for (int64_t j = 0; j < n; j += width) {
+      const int64_t piece = std::min(width, n - j);
+      outer_any_rows<T>(u, {v.data + j * v.stride, v.batch, v.stride}, stage, m, piece, row, end);
+      stream(out + (row - first) * n + j, stage, (end - row) * piece * sizeof(T));
+    }
+  }
+  finish_stream();
+}
+
+void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& out, bool fresh) {
   const int64_t rows = product(s.batch) * s.m;
   if (rows == 0 || s.n == 0) return;
   const auto su = strided<1>(u, s.batch), sv = strided<1>(v, s.batch);
@@ -76,22 +97,24 @@ void outer_into(const Tensor& u, const Tensor& v, const OuterSizes& s, Tensor& o
     using T = std::remove_pointer_t<decltype(type)>;
     const Operand<T> pu{su.data<T>(), su.batch, su.core[0]}, pv{sv.data<T>(), sv.batch, sv.core[0]};
     T* po = static_cast<T*>(out.data_ptr());
-    parallel_over(rows, s.n,
-                  [&](int64_t first, int64_t last) { outer_any_rows<T>(pu, pv, po, s.m, s.n, first, last); });
+    const bool past = !fresh && rows * s.n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    parallel_over(rows, s.n, [&](int64_t first, int64_t last) {
+      (past ? outer_streamed<T> : outer_any_rows<T>)(pu, pv, po + first * s.n, s.m, s.n, first, last);
+    });
   });
 }
 
 Tensor outer(const Tensor& u, const Tensor& v) {
   const OuterSizes s = check_outer(u, v);
   Tensor out = new_result("outer", u, s.result);
-  outer_into(u, v, s, out);
+  outer_into(u, v, s, out, true);
   return out;
 }
 
 void outer_out(const Tensor& u, const Tensor& v, Tensor out) {
   const OuterSizes s = check_outer(u, v);
   check_out("outer", out, u, s.result);
-  outer_into(u, v, s, out);
+  outer_into(u, v, s, out, false);
 }
 }  // namespace
 

@@ -48,6 +48,18 @@ def test_any_strides(op: Operator, shapes: tuple) -> None:
             assert_close(got, want, torch.float32, max(t.numel() for t in inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", BY_NAME)
+def test_transposed_inputs_of_every_dtype(op: Operator, dtype: torch.dtype) -> None:
+    for shapes in op.shapes:
+        inputs = op.inputs(shapes, dtype)
+        want = op.plain(*(t.double() for t in inputs))
+        for k in range(len(inputs)):
+            twin = inputs[k].mT.contiguous().mT if inputs[k].dim() > 1 else inputs[k]
+            got = op.call(*inputs[:k], twin, *inputs[k + 1 :])
+            assert_close(got, want, dtype, max((t.numel() for t in inputs), default=1))
+
+
 @pytest.mark.parametrize("op", BY_NAME)
 def test_expanded_batch(op: Operator) -> None:
     inputs = op.inputs(op.shapes[0], torch.float64)
@@ -104,6 +116,21 @@ def test_out(op: Operator) -> None:
         function(*inputs, **keywords, out=want.double())
     with pytest.raises(RuntimeError, match="'out' cannot be combined with differentiation"):
         function(*(t.requires_grad_() for t in inputs), **keywords, out=torch.empty(3))
+
+
+@pytest.mark.parametrize(("m", "n"), [(128, 128), (3, 3), (129, 127), (7, 5003), (65, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_out_beyond_the_caches(dtype: torch.dtype, m: int, n: int) -> None:
+    """64 MiB and more are written past the caches, and the result need not begin on a line of them."""
+    B = -(-(64 << 20) // (m * n * dtype.itemsize))
+    u, v = torch.randn(B, m).to(dtype), torch.randn(B, n).to(dtype)
+    want = u.unsqueeze(-1) * v.unsqueeze(-2)
+    for offset in (0, 1):
+        memory = torch.full((want.numel() + 2,), float("nan"), dtype=dtype)
+        out = memory[offset : offset + want.numel()].view(want.shape)
+        tc.ops.outer(u, v, out=out)
+        assert torch.equal(out, want)
+        assert memory.isnan().sum() == 2  # nothing beside the result is touched
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ _RANKS = (4, 3)
 def jacobian_norms(g: Tensor, a: Tensor) -> Tensor:
     """Squared norms ``(J[v, n], J[v, n])_F`` of ``J[v, n] = sum_s g[v, n, s] (x) a[n, s]``.
 
-    The cheapest by counted cost of ``|g|^2 |a|^2`` (one position), ``sum_st (g_s . g_t)(a_s . a_t)`` tile by tile, and
+    The cheapest by counted cost of ``|g|^2 |a|^2`` (one position), ``sum_st (g_s . g_t)(a_s . a_t)`` pair by pair, and
     ``J`` tile by tile, each squared and summed as it leaves the registers. Half types are summed in float32.
 
     Args:

@@ -1,0 +1,60 @@
+// Few positions: out[v] = sum_st (a_s . a_t)(g_vs . g_vt) straight from the rows of a and g, without packing them.
+//
+// Shapes: a [S, I], g [V, S, O], both with contiguous rows of whole vectors (zero up to there), out [V]. A block of R x
+// R pairs (s, t) is summed in registers, s <= t; the overlaps of a are needed as numbers, those of g only as vectors
+// that are weighted and added up. Multiply-adds: (V O + I) S (S + R) / 2, each operand read S / R times from the
+// caches.
+#pragma once
+#include "simd.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace torch_curvature::cpu {
+
+template <class A>
+struct Rows {
+  const A* data;
+  int64_t column, row, depth;  // strides of v (g only) and s, and the length of a row
+};
+
+#define CURVATURE_OVERLAPS_NAME overlaps_generic
+#define CURVATURE_OVERLAPS_TARGET
+#define CURVATURE_OVERLAPS_BYTES 16
+#define CURVATURE_OVERLAPS_ROWS 3
+#include "overlaps_body.h"
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define CURVATURE_OVERLAPS_NAME overlaps_v3
+#define CURVATURE_OVERLAPS_TARGET __attribute__((target("arch=x86-64-v3")))
+#define CURVATURE_OVERLAPS_BYTES 32
+#define CURVATURE_OVERLAPS_ROWS 3
+#include "overlaps_body.h"
+
+#define CURVATURE_OVERLAPS_NAME overlaps_v4
+#define CURVATURE_OVERLAPS_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define CURVATURE_OVERLAPS_BYTES 64
+#define CURVATURE_OVERLAPS_ROWS 4
+#include "overlaps_body.h"
+#endif
+
+// The best for this processor, its numbers in a vector, and the edge R of its blocks.
+template <class A>
+struct Overlaps {
+  void (*sum)(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out);
+  int64_t lanes, rows;
+};
+
+template <class A>
+Overlaps<A> overlaps() {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+  static const Overlaps<A> best = __builtin_cpu_supports("x86-64-v4") ? Overlaps<A>{&overlaps_v4<A>, 64 / sizeof(A), 4}
+                                  : __builtin_cpu_supports("x86-64-v3")
+                                      ? Overlaps<A>{&overlaps_v3<A>, 32 / sizeof(A), 3}
+                                      : Overlaps<A>{&overlaps_generic<A>, 16 / sizeof(A), 3};
+  return best;
+#else
+  return {&overlaps_generic<A>, 16 / sizeof(A), 3};
+#endif
+}
+}  // namespace torch_curvature::cpu

@@ -1,0 +1,102 @@
+// One instruction set's sums over pairs of positions; overlaps.h includes this once for each.
+// No include guard on purpose. Vector types must be used where the target is set: elsewhere they are split at once.
+
+// sum[r, c] += x_r * y_c along `depth`, lane by lane.
+template <class A, int R>
+CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(
+    CURVATURE_OVERLAPS_NAME, _block)(const A* const* x, const A* const* y, int64_t depth, auto& sum) {
+  typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
+  constexpr int64_t L = CURVATURE_OVERLAPS_BYTES / sizeof(A);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) sum[r][c] = Vector{};
+  for (int64_t k = 0; k < depth; k += L) {
+    Vector right[R];
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) right[c] = *reinterpret_cast<const Vector*>(y[c] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vector left = *reinterpret_cast<const Vector*>(x[r] + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < R; ++c) sum[r][c] += left * right[c];
+    }
+  }
+}
+
+// The sums of the lanes of L vectors, as one vector: halves are added pair by pair.
+template <class A>
+CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME,
+                                                                                           _totals)(auto* x) {
+  constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A);
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index
+      __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES)));
+#pragma GCC unroll 4
+  for (int half = L / 2; half > 0; half /= 2) {
+    Index low{}, high{};
+#pragma GCC unroll 16
+    for (int p = 0; p < L; ++p) {
+      const int group = p / half, groups = L / half / 2;  // of x first, then of y
+      low[p] = group % groups * 2 * half + p % half + (group < groups ? 0 : L);
+      high[p] = low[p] + half;
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < half; ++k)
+      x[k] = __builtin_shuffle(x[2 * k], x[2 * k + 1], low) + __builtin_shuffle(x[2 * k], x[2 * k + 1], high);
+  }
+}
+
+template <class A>
+CURVATURE_OVERLAPS_TARGET void CURVATURE_OVERLAPS_NAME(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out) {
+  typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
+  constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
+  constexpr int padded = (R * R + L - 1) / L * L;
+  Vector* total = reinterpret_cast<Vector*>(lanes);
+  for (int64_t v = 0; v < V; ++v) total[v] = Vector{};
+  for (int64_t s = 0; s < S; s += R)
+    for (int64_t t = s; t < S; t += R) {
+      const A *x[R], *y[R];
+      auto rows = [&](const Rows<A>& of, int64_t v) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {  // beyond the last, the last again: its weight is zero
+          x[r] = of.data + v * of.column + std::min(s + r, S - 1) * of.row;
+          y[r] = of.data + v * of.column + std::min(t + r, S - 1) * of.row;
+        }
+      };
+      Vector sum[R][R], flat[padded];
+      rows(a, 0);
+      CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R>(x, y, a.depth, sum);
+#pragma GCC unroll 16
+      for (int k = 0; k < padded; ++k) flat[k] = k < R * R ? sum[k / R % R][k % R] : Vector{};
+      A weight[padded];
+#pragma GCC unroll 4
+      for (int k = 0; k < padded; k += L) {
+        CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _totals)<A>(flat + k);
+        *reinterpret_cast<Vector*>(weight + k) = s == t ? flat[k] : flat[k] + flat[k];  // both orders of a pair
+      }
+      if (s + R > S || t + R > S)
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < R; ++c)
+            if (s + r >= S || t + c >= S) weight[r * R + c] = 0;
+      for (int64_t v = 0; v < V; ++v) {
+        rows(g, v);
+        CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R>(x, y, g.depth, sum);
+        Vector add = total[v];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int c = 0; c < R; ++c) add += weight[r * R + c] * sum[r][c];
+        total[v] = add;
+      }
+    }
+  for (int64_t v = 0; v < V; ++v) {
+    A sum = 0;
+    for (int k = 0; k < L; ++k) sum += total[v][k];
+    out[v] = sum;
+  }
+}
+
+#undef CURVATURE_OVERLAPS_NAME
+#undef CURVATURE_OVERLAPS_TARGET
+#undef CURVATURE_OVERLAPS_BYTES
+#undef CURVATURE_OVERLAPS_ROWS
