@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kLanes = 128;   // entries (p, i) of a task
 constexpr int64_t kOutputs = 16;  // outputs o of a task
+constexpr int64_t kAhead = 12;  // samples that are fetched ahead: their strides are too large for the hardware to guess
 
 template <class T>
 struct TwoLayers {
@@ -58,6 +59,8 @@ CURVATURE_CLONES void pack_inputs(const TwoLayers<T>& s, LaneTile t, int64_t n0,
     for (int64_t i = 0; i < inputs; ++i) left[k * kEdge + i] = static_cast<A>(a[i * s.ai]);
     if (!s.d) continue;
     const T* d = s.d + (n0 + k) * s.dn + t.i0 * s.di + t.p0 * s.dp;
+    if (k + kAhead < count)
+      for (int64_t i = 0; i < with; ++i) __builtin_prefetch(d + kAhead * s.dn + i * s.di);
     A* to = moved + k * t.lanes();
     for (int64_t i = 0; i < with; ++i)
       for (int64_t p = 0; p < t.p1 - t.p0; ++p) to[p * inputs + i] = static_cast<A>(d[i * s.di + p * s.dp]);
@@ -78,15 +81,23 @@ CURVATURE_CLONES void form_panels(const TwoLayers<T>& s, LaneTile t, int64_t o, 
     const A* x = left + k * kEdge;
     const A* y = moved + k * lanes;
     const A g = s.d ? static_cast<A>(s.g[(n0 + k) * s.gn + o * s.go]) : A(0);
+    if (k + kAhead < count) {
+      __builtin_prefetch(m + kAhead * s.mn);
+      __builtin_prefetch(m + kAhead * s.mn + (outputs - 1) * s.mp);
+    }
     if (inputs == kEdge) {
-      for (int64_t p = 0; p < outputs; ++p) {
-        const A w = static_cast<A>(m[p * s.mp]);
-        A* to = panels + (p * kEdge / W * count + k) * W + p * kEdge % W;
-        if (s.d)
-          for (int64_t i = 0; i < kEdge; ++i) to[i] = w * x[i] + g * y[p * kEdge + i];
-        else
-          for (int64_t i = 0; i < kEdge; ++i) to[i] = w * x[i];
-      }
+      A* to = panels + k * W;
+      for (int64_t p = 0; p < outputs; p += W / kEdge, to += count * W)
+        for (int64_t q = 0; q < std::min(W / kEdge, outputs - p); ++q) {
+          const A w = static_cast<A>(m[(p + q) * s.mp]);
+          const A* z = y + (p + q) * kEdge;
+          if (s.d)
+#pragma GCC unroll 1
+            for (int64_t i = 0; i < kEdge; ++i) to[q * kEdge + i] = w * x[i] + g * z[i];
+          else
+#pragma GCC unroll 1
+            for (int64_t i = 0; i < kEdge; ++i) to[q * kEdge + i] = w * x[i];
+        }
       continue;
     }
     for (int64_t p = 0; p < outputs; ++p) {
