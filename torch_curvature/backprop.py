@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .factors import Factor
 from .fallback import per_sample_jacobians
+from .layers.linear import positions_last
 from .nodes import pull_back
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
@@ -86,11 +87,29 @@ class Backpropagation:
         if self.attached is None:
             self.plan = Plan()
             verify(self)
+            self.plan.biases = self._biases()
             return self.plan
         captured = self.attached()
         plan = Backpropagation(self.model, self.parameters, captured, self.forward, self.repeatable).plan
         check_same_pass(self.captured, captured)
         return plan
+
+    def _biases(self) -> dict[str, str]:
+        """Weights and biases that one g serves: J of the bias is g, that of both together g (x) (a, 1)."""
+        uses, plan = self.captured.record.uses, self.plan
+        alone = {indices[0]: name for name, indices in plan.closed.items() if len(indices) == 1}
+        weights, biases = {}, {}
+        for index, name in alone.items():
+            recorded = uses[index]
+            rows = recorded.output_shape[: recorded.use.batch_axes].numel()
+            whole = recorded.numel == self.parameters[name].numel() and not recorded.transposed
+            if whole and rows == self.captured.samples and recorded.use.gradient is positions_last:
+                place = recorded.edge, plan.layouts[index].axis
+                if recorded.use.activation is None:
+                    biases[place] = name
+                elif not recorded.use.is_lookup:
+                    weights[place] = name
+        return {weight: biases[place] for place, weight in weights.items() if place in biases}
 
     # ------------------------------------------------------------------ columns
 
@@ -117,15 +136,24 @@ class Backpropagation:
         found = dict(self.each(derivatives, columns))
         return {name: found[name] for name in self.parameters if name in found}
 
-    def each(self, derivatives: Sequence[Tensor | None], columns: Tensor | None) -> Iterator[tuple[str, Factor]]:
+    def each(
+        self, derivatives: Sequence[Tensor | None], columns: Tensor | None, together: bool = False
+    ) -> Iterator[tuple[str, Factor]]:
         """The same one by one, so that only one parameter's unfolded input is there at a time.
 
-        Without ``columns`` the parameters with closed rules only.
+        Without ``columns`` the parameters with closed rules only. ``together``, for sums over parameters: weights with
+        their biases where that is one factor, under the weight's name.
         """
         plan = self.plan
+        biases = plan.biases if together else {}
+        included = set(biases.values())
         for name, indices in plan.closed.items():
+            if name in included:
+                continue
             with torch.no_grad():
                 factor = self.closed(name, indices, derivatives)
+                if factor is not None and name in biases:
+                    factor = factor.with_bias(biases[name], self._cached(("ones", name), factor.with_ones))
             if factor is not None:
                 yield name, factor
         if plan.fallback and columns is not None:

@@ -37,6 +37,8 @@ class Factor:
         transposed: the parameter is stored as [I, O] and not as [O, I].
         rows: [I] rows of the parameter that the I entries of ``a`` stand for (an embedding table of which this
             batch uses few rows); None when I counts all of them.
+        bias: name of the parameter whose input is the last entry of ``a``, always one: ``J [O, I]`` then holds the
+            Jacobians of a weight [O, I - 1] and of that bias. Only in sums over parameters.
     """
 
     g: Tensor
@@ -44,6 +46,7 @@ class Factor:
     shape: torch.Size
     transposed: bool = False
     rows: Tensor | None = None
+    bias: str | None = None
 
     @property
     def outputs(self) -> int:
@@ -82,7 +85,22 @@ class Factor:
     def samples(self, start: int, stop: int) -> Factor:
         """The same for samples start..stop-1."""
         a = None if self.a is None else self.a[start:stop]
-        return Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows)
+        return Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows, self.bias)
+
+    def with_ones(self) -> Tensor:
+        """``a`` with a last entry of ones, [N, S, I + 1]."""
+        assert self.a is not None
+        return torch.nn.functional.pad(self.a, (0, 1), value=1.0)
+
+    def with_bias(self, bias: str, a: Tensor) -> Factor:
+        """Together with the bias, given ``a`` with ones."""
+        return Factor(self.g, a.to(self.g.dtype), self.shape, bias=bias)
+
+    def without_bias(self) -> Factor:
+        if self.bias is None:
+            return self
+        assert self.a is not None
+        return Factor(self.g, self.a[..., :-1], self.shape)
 
     def jacobian(self) -> Tensor:
         """[V, N, size], flattened as the parameter is, restricted to the reachable entries."""
@@ -187,6 +205,14 @@ def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
     return factor.spread((out.T if factor.transposed else out).reshape(-1), (0,)).reshape(factor.shape)
 
 
+def diagonals(name: str, factor: Factor, sign: Tensor | None = None) -> dict[str, Tensor]:
+    """:func:`diagonal` by parameter, where the factor is one of a weight and its bias."""
+    if factor.bias is None:
+        return {name: diagonal(factor, sign)}
+    out = gauss_newton_diagonal(factor.g, _bare(factor)[1], None if sign is None else sign.to(factor.g.dtype))
+    return {name: out[:, :-1].reshape(factor.shape).contiguous(), factor.bias: out[:, -1].contiguous()}
+
+
 def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
     """``sum_n J[n]`` and ``sum_n J[n]^2`` elementwise, in float64 and the parameter's shape (V = 1)."""
     if factor.a is None:
@@ -204,6 +230,31 @@ def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
             first, second = first + wide.sum(0), second + wide.square().sum(0)
     first, second = first.reshape(-1), second.reshape(-1)
     return factor.spread(first, (0,)).reshape(factor.shape), factor.spread(second, (0,)).reshape(factor.shape)
+
+
+def inner_products(left: dict[str, Factor], right: dict[str, Factor]) -> Tensor:
+    """[V, N, V2, N2] inner products of the Jacobians, summed over all parameters."""
+    pairs, pairs2 = ({(n, f.bias) for n, f in factors.items() if f.bias is not None} for factors in (left, right))
+    if pairs != pairs2:
+        left, right = separated(left), separated(right)
+    total: Tensor | None = None
+    for name, factor in left.items():
+        if name in right:
+            total = gram(factor, right[name], total)
+    if total is None:
+        g, g2 = (next(iter(factors.values())).g for factors in (left, right))
+        return g.new_zeros(*g.shape[:2], *g2.shape[:2])
+    return total
+
+
+def separated(factors: dict[str, Factor]) -> dict[str, Factor]:
+    """Weights and biases each for themselves."""
+    found = {}
+    for name, factor in factors.items():
+        found[name] = factor.without_bias()
+        if factor.bias is not None:
+            found[factor.bias] = Factor(factor.g, None, torch.Size([factor.outputs]))
+    return found
 
 
 def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:

@@ -54,12 +54,15 @@ class Plan:
         closed: names of parameters with trusted uses, and the indices of these.
         fallback: names of parameters without, and why.
         unused: names of parameters that the outputs do not depend on.
+        biases: for weights of dense layers with one position a sample, the bias that was used with it, and nowhere else
+            (nor the weight).
     """
 
     layouts: dict[int, Layout] = field(default_factory=dict)
     closed: dict[str, list[int]] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    biases: dict[str, str] = field(default_factory=dict)
     conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
     batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
     by_nodes: bool | None = None  # the known nodes of the graph gave what autograd gives; None: not tried

@@ -21,7 +21,7 @@ from .attached import attached_pass, batch_size, counts_samples, joined
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
-from .factors import Factor, gradient_moments, gram, squared_norms
+from .factors import Factor, gradient_moments, inner_products, squared_norms
 from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError
 
@@ -176,8 +176,8 @@ class Track:
             )
         return done
 
-    def _each(self, batch: TrackedBatch) -> Iterator[tuple[str, Factor]]:
-        """Factors (V = 1) of the parameters that were used, one after the other."""
+    def _each(self, batch: TrackedBatch, together: bool = False) -> Iterator[tuple[str, Factor]]:
+        """Factors (V = 1) of the parameters that were used, one by one; ``together`` for sums over them."""
         backpropagation, record = batch.backpropagation, batch.record
         assert backpropagation is not None
         outside = {use.name for use in record.uses[batch.uses :]} | (record.escaped - batch.escaped)
@@ -187,7 +187,7 @@ class Track:
                 "their gradient belongs to no sample; leave it out of the tracked loss"
             )
         derivatives = [batch.derivatives.get(i) for i in range(len(record.edges))]
-        yield from backpropagation.each([None if d is None else d.unsqueeze(0) for d in derivatives], None)
+        yield from backpropagation.each([None if d is None else d.unsqueeze(0) for d in derivatives], None, together)
         if backpropagation.plan.fallback and batch.fallback is None:
             self._check_repeatable(batch)
             like = batch.output_like
@@ -234,27 +234,19 @@ class Track:
         """[N] norms of the per-sample gradients over all parameters, without forming them where that is cheaper."""
         parts = []
         for batch in self._done():
-            each = [squared_norms(factor)[0] for _, factor in self._each(batch)]
+            each = [squared_norms(factor)[0] for _, factor in self._each(batch, True)]
             parts.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
         norms = parts[0] if len(parts) == 1 else torch.cat(parts)
         return norms if squared else norms.sqrt()
 
     def gradient_gram(self) -> Tensor:
         """[N, N] inner products of the per-sample gradients over all parameters, symmetric to the bit."""
-        batches = [(batch.samples, dict(self._each(batch))) for batch in self._done()]
+        batches = [dict(self._each(batch, True)) for batch in self._done()]
         rows: list[list[Tensor]] = []
-        for i, (_, left) in enumerate(batches):
+        for i, left in enumerate(batches):
             parts: list[Tensor] = []
-            for j, (samples, right) in enumerate(batches):
-                if j < i:
-                    parts.append(rows[j][i].T)
-                    continue
-                total: Tensor | None = None
-                for name in left.keys() & right.keys():
-                    total = gram(left[name], right[name], total)
-                if total is None:
-                    total = next(iter(left.values())).g.new_zeros(1, batches[i][0], 1, samples)
-                parts.append(total[0, :, 0])
+            for j, right in enumerate(batches):
+                parts.append(rows[j][i].T if j < i else inner_products(left, right)[0, :, 0])
             rows.append(parts)
         return rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
 

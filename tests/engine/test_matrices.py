@@ -13,7 +13,7 @@ import torch_curvature as tc
 from torch_curvature import reference
 from torch_curvature.layers import FUNCTION_RULES, MODULE_RULES
 
-from .models import CASES, ScaledLinear
+from .models import CASES, Function, ScaledLinear
 
 N = 4
 
@@ -256,3 +256,44 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         tc.Jacobian(model, (inputs, None) if isinstance(inputs, tuple) else inputs).coverage()
     missing = [getattr(f, "__qualname__", str(f)) for f in FUNCTION_RULES if f not in used]
     assert not missing, f"no model of the list uses the rules of {missing}"
+
+
+def test_biases_joined_with_their_weights() -> None:
+    """One factor where one g serves both; batches in which that differs are summed parameter by parameter."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    flat, steps = torch.randn(5, 3), torch.randn(2, 6, 3)
+    J = tc.Jacobian(model, [flat])
+    joined = next(dict(pieces) for batch in J._sweep("test") for pieces, _ in batch.pieces())
+    assert {name: factor.bias for name, factor in joined.items()} == {"0.weight": "0.bias", "2.weight": "2.bias"}
+
+    def mean(m: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+        z = m(x)
+        return (z.mean(1) if x.dim() == 3 else z), None
+
+    kernel = tc.Jacobian(model, [flat, steps], forward=mean).gram()
+    rows = torch.cat([tc.Jacobian(model, [x], forward=mean).dense() for x in (flat, steps)])
+    close(kernel, torch.einsum("ncp,mdp->ncmd", rows, rows))
+    with tc.track(model) as t:
+        for x in (flat, steps):
+            mean(model, x)[0].sum().backward()
+    close(t.gradient_gram(), torch.einsum("ncp,mdp->nm", rows, rows))
+    close(t.gradient_norms(), rows.sum(1).norm(dim=1))
+
+
+def test_a_bias_used_elsewhere_is_not_joined() -> None:
+    shared = nn.Parameter(torch.randn(4))
+    model = Function(
+        lambda m, x: nn.functional.linear(torch.tanh(nn.functional.linear(x, m.first, m.shared)), m.last, m.shared),
+        first=nn.Parameter(torch.randn(4, 4)),
+        last=nn.Parameter(torch.randn(4, 4)),
+        shared=shared,
+    )
+    x = torch.randn(3, 4)
+    J = reference.jacobian(model, x)
+    matrix = tc.Jacobian(model, x)
+    close(matrix.gram(), torch.einsum("ncp,mdp->ncmd", J, J))
+    close(matrix.frobenius_norm(), J.norm())
+    loss = nn.CrossEntropyLoss()
+    data = x, torch.randint(4, (3,))
+    truth = reference.gauss_newton(model, loss, data).diagonal()
+    close(torch.cat([d.flatten() for d in tc.GaussNewton(model, loss, data).diagonal().values()]), truth)

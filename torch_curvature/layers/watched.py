@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ REORDERING = {getattr(owner, name) for owner in (torch, torch.Tensor) for name i
 REORDERING |= {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 # Ways to a hook in the graph, which may make something else of a gradient: only autograd itself calls it.
-HOOKING: set[Any] = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}
+HOOKING: set[Any] = {torch.Tensor.register_hook, inspect.getattr_static(torch.Tensor, "grad_fn").__get__}
 
 
 def indexes_by_data(func: Any, args: Any) -> bool:

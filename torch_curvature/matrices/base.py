@@ -46,7 +46,7 @@ class Batch:
         assert self.backpropagation is not None
         for columns, sign in self._scaled_columns(few=True):
             derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
-            yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns)), sign
+            yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns, True)), sign
 
     def chunks(self, few: bool = False) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
         """Pairs (factors by parameter name, sign [V, N] or None).

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Factor, gram
+from ..factors import Factor, inner_products
 
 Kept = tuple[int, int, dict[str, Factor], "Tensor | None"]  # V, N, factors, sign
 
@@ -17,7 +17,8 @@ def gather(matrix: Any, what: str) -> list[list[Kept]]:
     kept: list[list[Kept]] = []
     for batch in matrix._sweep(what):
         kept.append([])
-        for factors, sign in batch.chunks():
+        for pieces, sign in batch.pieces():
+            factors = dict(pieces)
             V, N = _extent(factors)
             kept[-1].append((V, N, factors, sign))
     return [chunks for chunks in kept if chunks]
@@ -26,18 +27,6 @@ def gather(matrix: Any, what: str) -> list[list[Kept]]:
 def _extent(factors: dict[str, Factor]) -> tuple[int, int]:
     factor = next(iter(factors.values()))
     return factor.g.shape[0], factor.g.shape[1]
-
-
-def inner_products(left: dict[str, Factor], right: dict[str, Factor]) -> Tensor:
-    """[V, N, V2, N2] summed over all parameters."""
-    total: Tensor | None = None
-    for name, factor in left.items():
-        if name in right:
-            total = gram(factor, right[name], total)
-    if total is None:
-        (V, N), (V2, N2) = _extent(left), _extent(right)
-        return next(iter(left.values())).g.new_zeros(V, N, V2, N2)
-    return total
 
 
 def gram_of(matrix: Any, what: str = "gram") -> Tensor:

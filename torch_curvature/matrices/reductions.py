@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Factor, diagonal, jacobian_chunks, mirrored_gram, squared_norms
+from ..factors import Factor, diagonals, jacobian_chunks, mirrored_gram, squared_norms
 from .blocks import normalised
 
 
@@ -16,10 +16,10 @@ def diagonal_of(matrix: Any) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for batch in matrix._sweep("diagonal"):
         for factors, sign in batch.pieces():
-            for name, factor in factors:
-                part = diagonal(factor, sign)
-                known = sums.get(name)
-                sums[name] = part if known is None else known.add_(part)
+            for weight, factor in factors:
+                for name, part in diagonals(weight, factor, sign).items():
+                    known = sums.get(name)
+                    sums[name] = part if known is None else known.add_(part)
     for name, p in matrix.parameters.items():
         if name not in sums:
             sums[name] = matrix.zeros(*p.shape)
