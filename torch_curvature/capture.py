@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .recorder import Record, Recorder, UnsupportedModelError
 
@@ -44,8 +45,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters with ``requires_grad`` in ``named_parameters()`` order, a shared one once under its first name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters with ``requires_grad`` in ``named_parameters()`` order, a shared one once under its first name.
+
+    Raises:
+        ValueError: they are on several devices, or on the meta device.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    places = {p.device: name for name, p in parameters.items()}
+    if len(places) > 1:
+        listed = ", ".join(f"{name!r} on {device}" for device, name in places.items())
+        raise ValueError(f"the model's trainable parameters are on several devices ({listed}): move all to one")
+    if torch.device("meta") in places:
+        raise ValueError(
+            "the model's parameters are on the meta device and have no values: load them first, e.g. by "
+            "model.to_empty(device=...) and model.load_state_dict(...)"
+        )
+    return parameters
 
 
 @contextlib.contextmanager
@@ -97,6 +112,7 @@ def capture(
     """Run ``forward(model, batch)`` once and record every use of the parameters.
 
     Raises:
+        ValueError: the data, or the outputs, are on another device than the model; there is no sample.
         UnsupportedModelError: the forward pass draws random numbers, changes buffers or parameters, normalises with
             batch statistics, or returns something else than a tensor of at least one axis.
     """
@@ -111,6 +127,11 @@ def capture(
     try:
         with observation(model), recorder:
             outputs, targets = forward(model, batch)
+    except RuntimeError as error:
+        clearer = _explained(error, batch, device)
+        if clearer is None:
+            raise
+        raise clearer from error
     finally:
         for handle in handles:
             handle.remove()
@@ -138,11 +159,30 @@ def capture(
         raise UnsupportedModelError("the model's output has no batch axis: outputs must be [N, ...]")
     if outputs.shape[0] == 0:
         raise ValueError("the batch holds no sample: outputs are empty")
+    if outputs.device != device:
+        raise ValueError(
+            f"the model's outputs are on {outputs.device} and its parameters on {device}: give the data on {device}, "
+            "and return the outputs there"
+        )
     if not outputs.requires_grad:
         raise UnsupportedModelError(
             "the model's output depends on no parameter with requires_grad=True (is part of it under torch.no_grad?)"
         )
     return Capture(outputs, targets, recorder.record, outputs.shape[0], batch)
+
+
+def _explained(error: RuntimeError, batch: Any, device: torch.device) -> Exception | None:
+    """What to do about torch's complaint of two devices in a forward pass; None for any other error."""
+    text = (str(error).splitlines() or [""])[0]
+    if type(error) is not RuntimeError or not ("device" in text or "weight type" in text):
+        return None
+    elsewhere = {str(x.device) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.device != device}
+    if not elsewhere:
+        return None
+    return ValueError(
+        f"the batch holds tensors on {', '.join(sorted(elsewhere))} and the model is on {device}: move one of them, "
+        f"or pass forward=, a function (model, batch) -> (outputs, targets) that does it. torch says: {text}"
+    )
 
 
 def _random_message(model: nn.Module) -> str:

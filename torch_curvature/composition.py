@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops.routing import check_one_device
+
 __all__ = ["ComposedHessian", "Derivatives", "compose", "compose_hessian", "compose_jacobian"]
 
 
@@ -54,8 +56,9 @@ def compose_jacobian(outer: Tensor, inner: Tensor) -> Tensor:
         `[*, m, n]`, or `[*, n]` for a scalar L in vector form.
 
     Raises:
-        ValueError: shapes that do not compose, with both of them.
+        ValueError: shapes that do not compose, with both of them; two devices.
     """
+    check_one_device("compose_jacobian", outer=outer, inner=inner)
     scalar = outer.ndim == inner.ndim - 1
     if inner.ndim < 2 or not (scalar or outer.ndim == inner.ndim) or outer.shape[-1] != inner.shape[-2]:
         raise ValueError(
@@ -83,8 +86,15 @@ def compose_hessian(
     Every `*` has the same number of axes; they broadcast.
 
     Raises:
-        ValueError: shapes that do not compose, with all of them.
+        ValueError: shapes that do not compose, with all of them; two devices.
     """
+    check_one_device(
+        "compose_hessian",
+        inner_jacobian=inner_jacobian,
+        inner_hessian=inner_hessian,
+        outer_jacobian=outer_jacobian,
+        outer_hessian=outer_hessian,
+    )
     scalar = outer_jacobian.ndim == inner_jacobian.ndim - 1
     _check_hessians(scalar, outer_jacobian, outer_hessian, inner_jacobian, inner_hessian)
     if scalar:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .integration import integral
+from .ops.routing import check_one_device
 from .products import outer
 
 __all__ = ["Matching", "MatchingLoss", "is_matching", "softmax_jacobian"]
@@ -126,10 +127,11 @@ class MatchingLoss(nn.Module):
         For softmax y may also hold class indices, `u.shape` without axis `dim`.
 
         Raises:
-            ValueError: shapes that differ, with both.
+            ValueError: shapes that differ, with both; two devices.
         """
         if not u.is_floating_point():
             raise TypeError(f"u must be a floating point tensor, got {u.dtype}")
+        check_one_device("MatchingLoss", u=u, y=y)
         return self._reduce(self._softmax(u, y) if self.transfer == "softmax" else self._elementwise(u, y))
 
     def extra_repr(self) -> str:

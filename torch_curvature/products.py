@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import frobenius_inner, outer
+from .ops.routing import check_one_device
 
 __all__ = ["frobenius_inner", "inner", "outer", "tensor_product"]
 
@@ -26,8 +27,9 @@ def tensor_product(a: Tensor, b: Tensor, *, axes: int = 1, batch_axes: int = 0) 
         `[*batch, *i, *j]`.
 
     Raises:
-        ValueError: too few axes, or contracted or batch axes that differ, with both shapes.
+        ValueError: too few axes, or contracted or batch axes that differ, with both shapes; two devices.
     """
+    check_one_device("tensor_product", a=a, b=b)
     shapes = f"a {tuple(a.shape)} and b {tuple(b.shape)} with axes={axes}, batch_axes={batch_axes}"
     if axes < 0 or batch_axes < 0 or min(a.ndim, b.ndim) < axes + batch_axes:
         raise ValueError(f"a and b need at least axes + batch_axes axes each, got {shapes}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,7 +218,9 @@ def stand_in() -> Iterator[StandIn]:
 
 
 def on_device(value: Any) -> Any:
-    """Tensors in any nesting, moved; a module is copied with its parameters and buffers."""
+    """Tensors in any nesting, moved; of a module its parameters and buffers (a copy), of a partial its keywords."""
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, *on_device(value.args), **on_device(value.keywords))
     if isinstance(value, nn.Module):
         memo: dict[int, Any] = {}
         for tensor in (*value.parameters(), *value.buffers()):
@@ -227,11 +230,16 @@ def on_device(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: DeviceTensor(t.detach().clone()), value)
 
 
-def on_host(value: Any) -> Any:
-    """The values behind device tensors in any nesting; fails where a tensor is on the CPU."""
-
-    def take(tensor: Tensor) -> Tensor:
-        assert isinstance(tensor, DeviceTensor), f"a tensor on {tensor.device}"
-        return tensor.host
-
-    return tree_map_only(Tensor, take, value)
+def same(found: Any, expected: Any) -> None:
+    """Every tensor is on the device, and equal to its counterpart on the CPU up to rounding."""
+    (ours, form), (theirs, expected_form) = tree_flatten(found), tree_flatten(expected)
+    assert form == expected_form
+    size = max([float(y.abs().max()) for y in theirs if isinstance(y, Tensor) and y.numel()], default=0.0)
+    for x, y in zip(ours, theirs):
+        assert isinstance(x, Tensor) == isinstance(y, Tensor)
+        if isinstance(y, Tensor):
+            assert isinstance(x, DeviceTensor), f"a result on {x.device}"
+            assert (x.device, x.dtype, x.shape) == (DEVICE, y.dtype, y.shape)
+            torch.testing.assert_close(x.host, y, rtol=1e-11, atol=1e-13 * size)
+        else:
+            assert x == y

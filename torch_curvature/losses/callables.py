@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .batch import join_samples, take_samples
-from .checks import check_outputs, raise_if
+from .checks import check_devices, check_outputs, raise_if
 from .generic import GenericLoss
 from .interface import BoundLoss, Loss, working_dtype
 from .probe import LossFunction, check_scalar, find_reduction, in_double, tolerance
@@ -49,7 +49,11 @@ class CallableLoss(Loss):
         if outputs.shape[0] == 0:
             raise ValueError(f"{self.name}: a loss of unknown form cannot be bound to a batch of no samples.")
         leaf = outputs.detach().to(working_dtype(outputs)).contiguous().requires_grad_()
-        value, traced = trace(self._loss_fn, outputs, leaf, targets)
+        try:
+            value, traced = trace(self._loss_fn, outputs, leaf, targets)
+        except RuntimeError as error:
+            check_devices(self.name, targets, outputs, error)
+            raise
         if traced is not None:
             self._check_targets_by_sample(traced.bound, leaf, targets)
             with self._lock:

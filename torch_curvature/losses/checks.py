@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def check_outputs(name: str, outputs: Any) -> Tensor:
@@ -32,6 +33,16 @@ def check_tensor(name: str, what: str, value: Any, outputs: Tensor) -> Tensor:
             f"{name}: {what} is on {value.device}, the outputs are on {outputs.device}. Move one to the other."
         )
     return value
+
+
+def check_devices(name: str, targets: Any, outputs: Tensor, error: Exception) -> None:
+    """Raise where a user's loss failed and its targets are on another device than the outputs."""
+    elsewhere = {str(t.device) for t in tree_leaves(targets) if isinstance(t, Tensor) and t.device != outputs.device}
+    if elsewhere and "device" in str(error):
+        raise ValueError(
+            f"{name}: the loss fails ({str(error).splitlines()[0]}): targets are on {', '.join(sorted(elsewhere))}, "
+            f"the outputs are on {outputs.device}. Move one to the other."
+        ) from error
 
 
 def check_class_weight(name: str, weight: Any, outputs: Tensor, classes: int) -> Tensor | None:

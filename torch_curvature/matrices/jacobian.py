@@ -133,8 +133,14 @@ class Jacobian(Matrix):
         """``J^T u``: u [N, C] (or of the outputs' shape) -> [P].
 
         Raises:
-            ValueError: u does not have one row for each sample of the data.
+            TypeError: u is no floating tensor.
+            ValueError: u does not have one row for each sample of the data, or is on another device.
         """
+        if not isinstance(u, Tensor) or not u.is_floating_point():
+            got = u.dtype if isinstance(u, Tensor) else type(u).__name__
+            raise TypeError(f"u must be a floating tensor [N, C], got {got}")
+        if u.device != self.device:
+            raise ValueError(f"u is on {u.device}, the model on {self.device}: move one of them")
         total = self.zeros(self._size())
         start = 0
         for batch in self._sweep("transposed_product"):

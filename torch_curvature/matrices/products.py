@@ -31,6 +31,12 @@ def as_vectors(matrix: Any, vector: Any) -> Tensor:
         if wrong:
             raise KeyError(f"the vector's names must be those of the trainable parameters; missing or unknown: {wrong}")
         for name, p in matrix.parameters.items():
+            if not isinstance(vector[name], Tensor):
+                raise TypeError(f"vector[{name!r}] must be a tensor, got {type(vector[name]).__name__}")
+            if vector[name].device != matrix.device:
+                raise ValueError(
+                    f"vector[{name!r}] is on {vector[name].device}, the model on {matrix.device}: move one of them"
+                )
             if vector[name].shape != p.shape:
                 raise ValueError(
                     f"vector[{name!r}] has shape {tuple(vector[name].shape)}, the parameter {tuple(p.shape)}"
@@ -46,7 +52,7 @@ def as_vectors(matrix: Any, vector: Any) -> Tensor:
     if not flat.is_floating_point():
         raise TypeError(f"the vector must be floating, got {flat.dtype}")
     if flat.device != matrix.device:
-        raise ValueError(f"the vector is on {flat.device}, the model on {matrix.device}")
+        raise ValueError(f"the vector is on {flat.device}, the model on {matrix.device}: move one of them")
     return flat.detach().to(matrix.dtype)
 
 

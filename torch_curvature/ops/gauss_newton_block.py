@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import check_signed, contract, exact, jacobian, over_mapped_axis, pullback, pushforward
-from .routing import check_not_differentiated, wide, without_autocast
+from .routing import check_not_differentiated, check_out, wide, without_autocast
 
 _kernel = torch.ops.torch_curvature.gauss_newton_block.default._op
 _kernel_out = torch.ops.torch_curvature.gauss_newton_block_out.default
@@ -115,4 +115,4 @@ def _fake(g: Tensor, a: Tensor, sign: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("torch_curvature::gauss_newton_block_out")
 def _fake_out(g: Tensor, a: Tensor, sign: Tensor | None, out: Tensor) -> None:
-    exact(_shape(g, a, sign))
+    check_out("gauss_newton_block", out, g, _fake(g, a, sign).shape)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from .jacobian import check_jacobian, contract, exact, jacobian, over_mapped_axis, pullback, pushforward
-from .routing import broadcast_batch, check_not_differentiated, check_size, check_tensors, wide, without_autocast
+from .routing import (
+    broadcast_batch,
+    check_not_differentiated,
+    check_out,
+    check_size,
+    check_tensors,
+    wide,
+    without_autocast,
+)
 
 _kernel = torch.ops.torch_curvature.jacobian_gram.default._op
 _kernel_add = torch.ops.torch_curvature.jacobian_gram_add.default
@@ -143,4 +151,4 @@ def _fake(g: Tensor, a: Tensor, g2: Tensor | None, a2: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("torch_curvature::jacobian_gram_add")
 def _fake_add(g: Tensor, a: Tensor, g2: Tensor | None, a2: Tensor | None, out: Tensor) -> None:
-    exact(_shape(g, a, g2, a2))
+    check_out("jacobian_gram", out, g, _fake(g, a, g2, a2).shape)

@@ -12,6 +12,7 @@ from .routing import (
     batch_first,
     broadcast_batch,
     check_not_differentiated,
+    check_out,
     check_rank,
     check_size,
     check_tensors,
@@ -185,4 +186,4 @@ def _fake(b: Tensor, a: Tensor, a2: Tensor | None, symmetric: bool) -> Tensor:
 
 @torch.library.register_fake("torch_curvature::kronecker_sum_out")
 def _fake_out(b: Tensor, a: Tensor, a2: Tensor | None, symmetric: bool, out: Tensor) -> None:
-    _shape(b, a, a2, symmetric)
+    check_out("kronecker_sum", out, b, _shape(b, a, a2, symmetric))

@@ -12,6 +12,7 @@ from .routing import (
     batch_first,
     broadcast_batch,
     check_not_differentiated,
+    check_out,
     check_rank,
     check_tensors,
     promoted,
@@ -109,4 +110,4 @@ def _fake(u: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.register_fake("torch_curvature::outer_out")
 def _fake_out(u: Tensor, v: Tensor, out: Tensor) -> None:
-    _shape(u, v)
+    check_out("outer", out, u, _shape(u, v))

@@ -73,10 +73,40 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
                 f"{op}: '{first}' is {x.dtype} and '{name}' is {tensor.dtype}. "
                 "Convert one of them so that both have one dtype."
             )
+    check_one_device(op, **tensors)
+
+
+def check_one_device(op: str, **tensors: Tensor | None) -> None:
+    """All that are given are on one device.
+
+    Raises:
+        ValueError: two devices differ.
+    """
+    (first, x), *others = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, tensor in others:
         if tensor.device != x.device:
             raise ValueError(
                 f"{op}: '{first}' is on {x.device} and '{name}' on {tensor.device}. Move one of them with .to(device)."
             )
+
+
+def check_out(op: str, out: Tensor, like: Tensor, shape: torch.Size) -> None:
+    """What the kernels check of a tensor to write into, for tensors without data.
+
+    Raises:
+        RuntimeError: another dtype, device or shape, or not contiguous.
+    """
+    if out.dtype != like.dtype:
+        raise RuntimeError(
+            f"{op}: 'out' is {out.dtype} and 'the inputs' is {like.dtype}. "
+            "Convert one of them so that both have one dtype."
+        )
+    if out.device != like.device:
+        raise RuntimeError(f"{op}: 'out' and 'the inputs' are on different devices. Move one of them with .to(device).")
+    if out.shape != shape:
+        raise RuntimeError(f"{op}: 'out' has shape {list(out.shape)}, but the result has shape {list(shape)}.")
+    if not out.is_contiguous():
+        raise RuntimeError(f"{op}: 'out' must be contiguous. Pass a contiguous tensor, or leave 'out' away.")
 
 
 def check_rank(op: str, name: str, tensor: Tensor, axes: str) -> None:
