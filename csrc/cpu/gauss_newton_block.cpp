@@ -76,17 +76,17 @@ void form_rows(const Jacobian<T>& J, int64_t first, int64_t count, int64_t depth
   const JacobianSizes& s = J.size;
   const int64_t P = s.O * s.I;
   if (s.S == 1 && s.I == 1) return copy_rows<T, A>(J, first, count, depth, packed);
-  const auto product = tile_product<A>();
-  Buffer<A> ap(panels<A>(s.I) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kRows * W);
+  SampleProduct<T> product(s.S, {s.O, J.go, J.gs}, {s.I, J.ai, J.as});
+  Buffer<A> tile(kRows * W);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t n = (first + k) / s.V, v = (first + k) % s.V;
-    if (k == 0 || v == 0) pack_panels<T, A>(J.a_at(n), s.S, J.as, s.I, J.ai, ap);
-    pack_panels<T, A>(J.g_at(v, n), s.S, J.gs, s.O, J.go, gp);
+    if (k == 0 || v == 0) product.set_y(J.a_at(n));
+    product.set_x(J.g_at(v, n));
     A* row = packed + k * W;
     for (int64_t c = P; c < panels<A>(P) * W; ++c) row[c / W * depth * W + c % W] = 0;
-    for (int64_t q = 0; q < panels<A>(s.I); ++q)
-      for (int64_t r = 0; r < divide_up(s.O, kRows); ++r) {
-        packed_tile<A>(product, gp, r, s.O, ap, q, s.I, s.S, tile);
+    for (int64_t q = 0; q < product.columns(); ++q)
+      for (int64_t r = 0; r < product.bands(); ++r) {
+        product.tile(r, q, tile);
         const int64_t width = panel_width<A>(s.I, q);
         for (int64_t h = 0; h < std::min(kRows, s.O - r * kRows); ++h) {
           const int64_t c = (r * kRows + h) * s.I + q * W, head = std::min(width, W - c % W);  // may cross two panels

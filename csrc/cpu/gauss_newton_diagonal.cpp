@@ -2,7 +2,8 @@
 //
 // Shapes: g [V, N, S, O], a [N, S, I], sign [V, N], out [O, I].
 // S = 1: out = h^T a^2 with h[n, o] = sum_v sign g^2; 2 N O I + 3 N V O flops, bytes of g and a once.
-// S > 1: each tile of J[v, n] is squared and added as it leaves the registers; 2 V N S O I flops, J is never stored.
+// S > 1: each tile of J[v, n], or of its transpose, is squared and added as it leaves the registers; 2 V N S O I flops,
+// J is never stored. What gives a tile its rows is read in place where it is contiguous along S.
 // Samples go in a number of chunks that does not depend on the threads, so neither does the result.
 #include "jacobian.h"
 
@@ -43,12 +44,12 @@ CURVATURE_CLONES void add_squares(const A* __restrict__ tile, A w, A* __restrict
   for (int64_t k = 0; k < kRows * kCols<A>; ++k) sum[k] += w * tile[k] * tile[k];
 }
 
-// out rows o0.. and columns i0.. from a tile.
+// A tile to its place in out [rows, cols], or in its transpose [cols, rows].
 template <class T, class A>
-void store(const A* tile, int64_t o0, int64_t i0, const JacobianSizes& s, T* out) {
-  for (int64_t r = 0; r < std::min(kRows, s.O - o0); ++r)
-    for (int64_t c = 0; c < std::min(kCols<A>, s.I - i0); ++c)
-      out[(o0 + r) * s.I + i0 + c] = static_cast<T>(tile[r * kCols<A> + c]);
+void store(const A* tile, int64_t r0, int64_t c0, int64_t rows, int64_t cols, bool transposed, T* out) {
+  for (int64_t r = r0; r < std::min(r0 + kRows, rows); ++r)
+    for (int64_t c = c0; c < std::min(c0 + kCols<A>, cols); ++c)
+      out[transposed ? c * rows + r : r * cols + c] = static_cast<T>(tile[(r - r0) * kCols<A> + c - c0]);
 }
 
 template <class T>
@@ -76,7 +77,7 @@ void one_position(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
         product(h, kRows, squares + (q * s.N + n0) * W, W, {count}, tiles + q * kTileSize, rows, panel_width<A>(s.I, q),
                 n0 > 0);
     }
-    for (int64_t q = 0; q < columns; ++q) store<T, A>(tiles + q * kTileSize, r * kRows, q * W, s, out);
+    for (int64_t q = 0; q < columns; ++q) store<T, A>(tiles + q * kTileSize, r * kRows, q * W, s.O, s.I, false, out);
   });
 }
 
@@ -85,29 +86,32 @@ void many_positions(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   using A = accumulate_t<T>;
   constexpr int64_t W = kCols<A>, kChunks = 16, kPartial = 1 << 24;
   const JacobianSizes& s = J.size;
-  const int64_t bands = divide_up(s.O, kRows), columns = panels<A>(s.I), tiles = bands * columns;
+  const bool swapped = inputs_as_rows<T>(J, s.O, s.I);
+  const Columns outputs{s.O, J.go, J.gs}, inputs{s.I, J.ai, J.as};
+  const Columns x = swapped ? inputs : outputs, y = swapped ? outputs : inputs;
+  const int64_t bands = divide_up(x.count, kRows), columns = panels<A>(y.count), tiles = bands * columns;
   // Chunks of samples by groups of columns: partial sums stay small however large O and I are.
   const int64_t chunks = std::clamp<int64_t>(kPartial / (tiles * kTileSize), 1, std::min(s.N, kChunks));
   const int64_t groups = std::min(columns, divide_up(kChunks, chunks)), wide = divide_up(columns, groups);
   const bool threads = double(s.V) * s.N * s.S * s.O * s.I > kWorthThreads;
-  const auto product = tile_product<A>();
   Buffer<A> partial(chunks * tiles * kTileSize);
   share_tasks(chunks * groups, threads, [&](int64_t task) {
     const int64_t chunk = task / groups, q0 = task % groups * wide, q1 = std::min(columns, q0 + wide);
     if (q0 >= q1) return;
     A* sums = partial + chunk * tiles * kTileSize;
     for (int64_t q = q0; q < q1; ++q) std::fill_n(sums + q * bands * kTileSize, bands * kTileSize, A(0));
-    Buffer<A> ap((q1 - q0) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kTileSize);
+    SampleProduct<T> product(s.S, x, {std::min(y.count, q1 * W) - q0 * W, y.stride, y.step});
+    Buffer<A> tile(kTileSize);
     std::fill_n(static_cast<A*>(tile), kTileSize, A(0));
+    const int64_t first = q0 * W * y.stride;
     for (int64_t n = chunk * s.N / chunks; n < (chunk + 1) * s.N / chunks; ++n) {
-      const int64_t i0 = q0 * W, width = std::min(s.I, q1 * W) - i0;
-      pack_panels<T, A>(J.a_at(n) + i0 * J.ai, s.S, J.as, width, J.ai, ap);
+      swapped ? product.set_x(J.a_at(n)) : product.set_y(J.a_at(n) + first);
       for (int64_t v = 0; v < s.V; ++v) {
-        pack_panels<T, A>(J.g_at(v, n), s.S, J.gs, s.O, J.go, gp);
+        swapped ? product.set_y(J.g_at(v, n) + first) : product.set_x(J.g_at(v, n));
         const A w = sign(v, n);
         for (int64_t q = q0; q < q1; ++q)
           for (int64_t r = 0; r < bands; ++r) {
-            packed_tile<A>(product, gp, r, s.O, ap, q - q0, width, s.S, tile);
+            product.tile(r, q - q0, tile);
             add_squares<A>(tile, w, sums + (q * bands + r) * kTileSize);
           }
       }
@@ -117,7 +121,7 @@ void many_positions(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
     A* sum = partial + t * kTileSize;
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t k = 0; k < kRows * W; ++k) sum[k] += partial[(chunk * tiles + t) * kTileSize + k];
-    store<T, A>(sum, t % bands * kRows, t / bands * W, s, out);
+    store<T, A>(sum, t % bands * kRows, t / bands * W, x.count, y.count, swapped, out);
   });
 }
 

@@ -72,4 +72,63 @@ CURVATURE_INLINE void packed_tile(TileProduct<A> product, const A* x, int64_t r,
   product(x + r / kBands * depth * W + r % kBands * kRows, W, y + q * depth * W, W, {depth}, tile,
           std::min(kRows, x_columns - r * kRows), panel_width<A>(y_columns, q), false);
 }
+
+// Columns of a matrix [S, count]: `stride` apart, positions `step` apart.
+struct Columns {
+  int64_t count, stride, step;
+};
+
+// x^T y for x [S, rows], y [S, cols] of one sample, tile by tile. y is packed; x is read in place where it is
+// contiguous along S (then it is never packed), else packed too.
+template <class T>
+class SampleProduct {
+ public:
+  using A = accumulate_t<T>;
+  SampleProduct(int64_t S, Columns x, Columns y)
+      : S_(S),
+        x_(x),
+        y_(y),
+        packed_x_(in_place(x) ? 0 : panels<A>(x.count) * S * kCols<A>),
+        packed_y_(panels<A>(y.count) * S * kCols<A>) {}
+  static bool in_place(const Columns& x) { return std::is_same_v<T, A> && x.step == 1; }
+
+  void set_x(const T* x) {
+    if (in_place(x_)) at_ = x;
+    else pack_panels<T, A>(x, S_, x_.step, x_.count, x_.stride, packed_x_);
+  }
+  void set_y(const T* y) { pack_panels<T, A>(y, S_, y_.step, y_.count, y_.stride, packed_y_); }
+  int64_t bands() const { return divide_up(x_.count, kRows); }
+  int64_t columns() const { return panels<A>(y_.count); }
+
+  // Rows kRows r.. and columns kCols q..; of what lies beyond the matrix nothing is said.
+  void tile(int64_t r, int64_t q, A* out) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (in_place(x_))
+        return in_place_(at_ + r * kRows * x_.stride, 1, x_.stride, packed_y_ + q * S_ * kCols<A>, kCols<A>, S_, out,
+                         std::min(kRows, x_.count - r * kRows), panel_width<A>(y_.count, q));
+    packed_tile<A>(product_, packed_x_, r, x_.count, packed_y_, q, y_.count, S_, out);
+  }
+
+ private:
+  int64_t S_;
+  Columns x_, y_;
+  const T* at_ = nullptr;
+  Buffer<A> packed_x_, packed_y_;
+  TileProduct<A> product_ = tile_product<A>();
+  TileProductInPlace<A> in_place_ = tile_product_in_place<A>();
+};
+
+// Whether tiles of J^T = a^T g cost less than those of J = g^T a, for outputs and inputs of these numbers:
+// multiply-adds of one position in whole tiles, and as many as it takes to pack an element.
+template <class T>
+bool inputs_as_rows(const Jacobian<T>& J, int64_t O, int64_t I) {
+  constexpr double kPack = 16;
+  const double V = J.size.V;
+  auto cost = [&](int64_t rows, int64_t step, double row_packs, int64_t cols, double col_packs) {
+    const double packed = cols * col_packs + (SampleProduct<T>::in_place({rows, 0, step}) ? 0 : rows * row_packs);
+    const int64_t half = kCols<accumulate_t<T>> / 2;
+    return V * divide_up(rows, 4) * 4 * divide_up(cols, half) * half + kPack * packed;
+  };
+  return cost(I, J.as, 1, O, V) < cost(O, J.gs, V, I, 1);
+}
 }  // namespace torch_curvature::cpu

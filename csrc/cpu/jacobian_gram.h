@@ -48,27 +48,30 @@ template <class A>
 constexpr int64_t kLanesFormed = 64 / sizeof(A);
 
 // Rows (n, v) of J, n-major, first.. , restricted to columns i in [i0, i0 + width) of outputs [o0, o0 + height),
-// transposed into kLanesFormed lanes of a panel: packed[(o, i)][lane], lines kCols apart.
+// transposed into kLanesFormed lanes of a panel: packed[(o, i)][lane], lines kCols apart; `swapped`: [(i, o)][lane].
 template <class T>
 void form_lanes(const Jacobian<T>& J, int64_t first, int64_t o0, int64_t height, int64_t i0, int64_t width,
-                accumulate_t<T>* packed) {
+                bool swapped, accumulate_t<T>* packed) {
   using A = accumulate_t<T>;
   constexpr int64_t W = kCols<A>, L = kLanesFormed<A>;
   const JacobianSizes& s = J.size;
   const int64_t depth = height * width, line = depth + W, count = std::clamp<int64_t>(s.N * s.V - first, 0, L);
-  const auto product = tile_product<A>();
-  Buffer<A> ap(panels<A>(width) * s.S * W), gp(panels<A>(height) * s.S * W), tile(kRows * W), rows(L * line);
+  const Columns outputs{height, J.go, J.gs}, inputs{width, J.ai, J.as};
+  const Columns x = swapped ? inputs : outputs, y = swapped ? outputs : inputs;
+  SampleProduct<T> product(s.S, x, y);
+  Buffer<A> tile(kRows * W), rows(L * line);
   std::fill_n(rows + count * line, (L - count) * line, A(0));
   for (int64_t lane = 0; lane < count; ++lane) {
     const int64_t n = (first + lane) / s.V, v = (first + lane) % s.V;
-    if (lane == 0 || v == 0) pack_panels<T, A>(J.a_at(n) + i0 * J.ai, s.S, J.as, width, J.ai, ap);
-    pack_panels<T, A>(J.g_at(v, n) + o0 * J.go, s.S, J.gs, height, J.go, gp);
-    for (int64_t r = 0; r < divide_up(height, kRows); ++r)
-      for (int64_t q = 0; q < panels<A>(width); ++q) {
-        packed_tile<A>(product, gp, r, height, ap, q, width, s.S, tile);
-        A* to = rows + lane * line + r * kRows * width + q * W;
-        for (int64_t k = 0; k < std::min(kRows, height - r * kRows); ++k)
-          std::copy_n(tile + k * W, panel_width<A>(width, q), to + k * width);
+    const T *a = J.a_at(n) + i0 * J.ai, *g = J.g_at(v, n) + o0 * J.go;
+    if (lane == 0 || v == 0) swapped ? product.set_x(a) : product.set_y(a);
+    swapped ? product.set_y(g) : product.set_x(g);
+    for (int64_t r = 0; r < product.bands(); ++r)
+      for (int64_t q = 0; q < product.columns(); ++q) {
+        product.tile(r, q, tile);
+        A* to = rows + lane * line + r * kRows * y.count + q * W;
+        for (int64_t k = 0; k < std::min(kRows, x.count - r * kRows); ++k)
+          std::copy_n(tile + k * W, panel_width<A>(y.count, q), to + k * y.count);
       }
   }
   transpose_lanes<A, L>(rows, line, depth, packed);
@@ -78,9 +81,12 @@ void form_lanes(const Jacobian<T>& J, int64_t first, int64_t o0, int64_t height,
 template <class T>
 void gram_of_formed(const Jacobian<T>& left, const Jacobian<T>& right, bool same, bool threads, GramOutput<T> out) {
   using A = accumulate_t<T>;
-  constexpr int64_t W = kCols<A>, kBands = W / kRows, kTile = kRows * W, kDepth = 8192, kParts = W / kLanesFormed<A>;
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kTile = kRows * W, kDepth = 8192, kStep = 1024,
+                    kParts = W / kLanesFormed<A>, kEnough = 64;
   const JacobianSizes &s = left.size, &z = right.size;
   const int64_t rows = s.V * s.N, cols = z.V * z.N, P = panels<A>(rows), Q = panels<A>(cols);
+  const bool swapped = inputs_as_rows<T>(left, s.O, s.I);
+  const int64_t split = P * Q < kEnough ? kBands : 1;
   const int64_t height = std::min(s.O, kDepth / W), wide = std::max<int64_t>(1, kDepth / (height * W)) * W;
   Buffer<A> x(P * height * std::min(s.I, wide) * W), y(same ? 0 : Q * height * std::min(s.I, wide) * W),
       sums(P * Q * kBands * kTile);
@@ -90,15 +96,21 @@ void gram_of_formed(const Jacobian<T>& left, const Jacobian<T>& right, bool same
       const int64_t h = std::min(height, s.O - o0), w = std::min(wide, s.I - i0), depth = h * w;
       share_tasks((P + (same ? 0 : Q)) * kParts, threads, [&](int64_t task) {
         const int64_t k = task / kParts, lane = task % kParts * kLanesFormed<A>;
-        k < P ? form_lanes<T>(left, k * W + lane, o0, h, i0, w, x + k * depth * W + lane)
-              : form_lanes<T>(right, (k - P) * W + lane, o0, h, i0, w, y + (k - P) * depth * W + lane);
+        k < P ? form_lanes<T>(left, k * W + lane, o0, h, i0, w, swapped, x + k * depth * W + lane)
+              : form_lanes<T>(right, (k - P) * W + lane, o0, h, i0, w, swapped, y + (k - P) * depth * W + lane);
       });
       const A* other = same ? x : y;
-      share_tasks(P * Q * kBands, threads, [&](int64_t task) {
-        const int64_t k = task / kBands, band = task % kBands, p = k / Q, q = k % Q, left_rows = rows - p * W;
-        if ((same && p > q) || band * kRows >= left_rows) return;
-        product(x + p * depth * W + band * kRows, W, other + q * depth * W, W, {depth}, sums + task * kTile,
-                std::min(kRows, left_rows - band * kRows), panel_width<A>(cols, q), o0 + i0 > 0);
+      share_tasks(P * Q * split, threads, [&](int64_t task) {
+        const int64_t k = task / split, p = k / Q, q = k % Q, left_rows = rows - p * W;
+        if (same && p > q) return;
+        const int64_t first = task % split * kBands / split, last = (task % split + 1) * kBands / split;
+        for (int64_t k0 = 0; k0 < depth; k0 += kStep)
+          for (int64_t band = first; band < last && band * kRows < left_rows; ++band) {
+            const int64_t skip = same && p == q && 2 * band >= kBands ? W / 2 : 0;  // left of the diagonal
+            product(x + (p * depth + k0) * W + band * kRows, W, other + (q * depth + k0) * W + skip, W,
+                    {std::min(kStep, depth - k0)}, sums + (k * kBands + band) * kTile + skip,
+                    std::min(kRows, left_rows - band * kRows), panel_width<A>(cols, q) - skip, o0 + i0 + k0 > 0);
+          }
       });
     }
   share_tasks(P * Q, threads, [&](int64_t k) {

@@ -43,20 +43,34 @@ struct Depth {
 
 template <class A>
 using TileProduct = void (*)(const A*, int64_t, const A*, int64_t, Depth, A*, int64_t, int64_t, bool);
+template <class A>
+using TileProductInPlace = void (*)(const A*, int64_t, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t);
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define CURVATURE_BEST(suffix)                                                \
+  __builtin_cpu_supports("x86-64-v4")   ? &CURVATURE_JOIN(tile_v4, suffix)<A> \
+  : __builtin_cpu_supports("x86-64-v3") ? &CURVATURE_JOIN(tile_v3, suffix)<A> \
+                                        : &CURVATURE_JOIN(tile_generic, suffix)<A>
+#else
+#define CURVATURE_BEST(suffix) &CURVATURE_JOIN(tile_generic, suffix)<A>
+#endif
 
 // The best for this processor: (a, lda, b, ldb, depth, c, rows, cols, add). Only the first `rows` and `cols` of c are
 // needed; what lies beyond may be overwritten.
 template <class A>
 TileProduct<A> tile_product() {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-  static const TileProduct<A> best = __builtin_cpu_supports("x86-64-v4")   ? &tile_v4<A>
-                                     : __builtin_cpu_supports("x86-64-v3") ? &tile_v3<A>
-                                                                           : &tile_generic<A>;
+  static const TileProduct<A> best = CURVATURE_BEST();
   return best;
-#else
-  return &tile_generic<A>;
-#endif
 }
+
+// The same with rows of a where they lie, a[k, r] at a[k step + r stride]: (a, step, stride, b, ldb, depth, c, rows,
+// cols). What is contiguous along depth is read as fast as what has been packed.
+template <class A>
+TileProductInPlace<A> tile_product_in_place() {
+  static const TileProductInPlace<A> best = CURVATURE_BEST(_in_place);
+  return best;
+}
+#undef CURVATURE_BEST
 
 // Panels [panels][depth][kCols] of a matrix [depth, columns] whose rows are contiguous, read row by row.
 template <class T, class A>
@@ -92,17 +106,20 @@ CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to) 
   *reinterpret_cast<Four*>(to + 3 * kCols<float>) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
 }
 
-// out[k kCols + c] = x[c stride + k]: `count` rows that are contiguous along depth, a few steps at a time, so that the
-// lines written stay in the first cache.
+// out[k kCols + c] = x[c stride + k]: `count` rows that are contiguous along depth, in runs long enough for the
+// processor to read ahead and short enough for the lines written to stay in the first cache.
 template <class T, class A>
 CURVATURE_INLINE void transpose_rows(const T* x, int64_t stride, int64_t count, int64_t depth, A* out) {
-  constexpr int64_t W = kCols<A>, kStep = 16;
+  constexpr int64_t W = kCols<A>, kStep = 128;
   for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
-    const int64_t k1 = std::min(depth, k0 + kStep);
+    const int64_t k1 = std::min(depth, k0 + kStep), whole = k0 + (k1 - k0) / 4 * 4;
     int64_t c = 0;
     if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>)
-      for (; c + 4 <= count && k1 - k0 == kStep; c += 4)
-        for (int64_t k = k0; k < k1; k += 4) transpose_four(x + c * stride + k, stride, out + k * W + c);
+      for (; c + 4 <= count; c += 4) {
+        for (int64_t k = k0; k < whole; k += 4) transpose_four(x + c * stride + k, stride, out + k * W + c);
+        for (int64_t k = whole; k < k1; ++k)
+          for (int64_t r = c; r < c + 4; ++r) out[k * W + r] = static_cast<A>(x[k + r * stride]);
+      }
     for (; c < count; ++c)
       for (int64_t k = k0; k < k1; ++k) out[k * W + c] = static_cast<A>(x[k + c * stride]);
   }

@@ -60,6 +60,22 @@ def test_transposed_inputs_of_every_dtype(op: Operator, dtype: torch.dtype) -> N
             assert_close(got, want, dtype, max((t.numel() for t in inputs), default=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 5, 37, 3, 33), (3, 4, 130, 9, 5), (2, 3, 64, 33, 40), (1, 20, 17, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("op", [p for p in BY_NAME if "jacobian" in p.id or "gauss_newton" in p.id])
+def test_operands_of_a_convolution(op: Operator, sizes: tuple, dtype: torch.dtype) -> None:
+    """One or both of g and a contiguous along positions, not from the start of their memory."""
+    V, N, S, O, I = sizes
+    rest = {2: (), 3: ((V, N),), 4: ((2, 3, S, O), (3, S, I))}[len(op.shapes[0])]
+    inputs = op.inputs(((V, N, S, O), (N, S, I), *rest), dtype)
+    want = op.plain(*(t.double() for t in inputs))
+    along = [torch.cat([t[:1], t]).mT.contiguous().mT[1:] for t in inputs]
+    for given in ([along[0], *inputs[1:]], [inputs[0], along[1], *inputs[2:]], along):
+        assert_close(op.call(*given), want, dtype, max(t.numel() for t in inputs))
+
+
 @pytest.mark.parametrize("op", BY_NAME)
 def test_expanded_batch(op: Operator) -> None:
     inputs = op.inputs(op.shapes[0], torch.float64)
