@@ -21,23 +21,28 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent / "csrc" / "cuda"
 REPORT = HERE / "cuda_static.md"
 ARCHITECTURES = (80, 90, 120)
-TYPES = {"float": "float32", "double": "float64", "__nv_bfloat16": "bfloat16", "__half": "float16"}
+TYPES = {"float": "float32", "Tf32": "tf32", "double": "float64", "__nv_bfloat16": "bfloat16", "__half": "float16"}
+MULTIPLY = {"HMMA": 64, "DMMA": 8, "FFMA": 1, "DFMA": 1}  # instructions, and how many multiply-adds of a lane each does
 
-# One call of each launcher makes every kernel of a dtype.
+# One call of each launcher makes every kernel of a dtype. tf32 is float32 multiplied in TF32: products only.
 INSTANCES = """
+#include "curvature_block.cuh"
 #include "frobenius_inner.cuh"
 #include "gauss_newton_block.cuh"
 #include "gauss_newton_diagonal.cuh"
 #include "gram_by_jacobian.cuh"
 #include "jacobian_norms.cuh"
-#include "kronecker_sum.cuh"
 #include "outer.cuh"
 using namespace torch_curvature::cuda;
 template <class T>
 void instances() {
-  launch_outer<T>(nullptr, nullptr, nullptr, {}, nullptr);
-  launch_frobenius_inner<T>({}, {}, nullptr, 0, 0, 0, nullptr, nullptr);
-  launch_kronecker_sum<T>({}, nullptr, nullptr);
+  if constexpr (!std::is_same_v<T, Tf32>) {
+    launch_outer<T>(nullptr, nullptr, nullptr, {}, nullptr);
+    launch_frobenius_inner<T>({}, {}, nullptr, 0, 0, 0, nullptr, nullptr);
+  }
+  launch_tile_product(KroneckerProblem<T>{}, nullptr, nullptr);
+  launch_tile_product(OwnBlockProblem<T>{}, nullptr, nullptr);
+  launch_tile_product(CrossBlockProblem<T>{}, nullptr, nullptr);
   launch_gauss_newton_block<T>({}, nullptr, nullptr);
   launch_gauss_newton_diagonal<T>({}, nullptr, nullptr, nullptr, nullptr);
   launch_jacobian_norms<T>({}, nullptr, nullptr, nullptr);
@@ -64,7 +69,7 @@ class Kernel:
     @property
     def arithmetic(self) -> str:
         """The instruction that does the work of the inner loop."""
-        return max(("HMMA", "FFMA", "DFMA"), key=lambda op: self.loop[op])
+        return max(MULTIPLY, key=lambda op: self.loop[op] * MULTIPLY[op])
 
 
 def toolkit() -> str | None:
@@ -169,8 +174,7 @@ def read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
         bodies = [count(code[first:last]) for first, last in loops(labels, code)]
         dense = [body for body in bodies if body["all"]]
         if dense:
-            # A tensor-core instruction is worth 64 multiply-adds of a lane.
-            kernel.loop = max(dense, key=lambda b: (64 * b["HMMA"] + b["FFMA"] + b["DFMA"]) / b["all"])
+            kernel.loop = max(dense, key=lambda b: sum(b[op] * worth for op, worth in MULTIPLY.items()) / b["all"])
 
 
 def loops(labels: dict[str, int], code: list[tuple[str, str]]) -> list[tuple[int, int]]:
@@ -240,7 +244,8 @@ not run on a GPU.** Columns: registers a thread; bytes of spills; bytes of stati
 block; blocks resident on a multiprocessor and the share of its warps that makes (by NVIDIA's occupancy calculator);
 global loads and stores of 128 bits among all in the code (+ asynchronous 128-bit copies to shared memory), shared ones
 likewise; and in the loop densest in arithmetic, how many of its instructions multiply and add (HMMA: a tensor-core
-product of 16 x 8 x 16). Kernels hold code for aligned and unaligned memory: a share is of the code, not of the accesses
+product of 16 x 8 x 16, or 16 x 8 x 8 in TF32; DMMA: of 8 x 8 x 4 in float64). dtype tf32 is float32 where torch's own
+setting allows TF32. Kernels hold code for aligned and unaligned memory: a share is of the code, not of the accesses
 of a run.
 """
 NAMES = ["kernel", "dtype", "registers", "spills", "shared", "threads", "blocks", "occupancy"]

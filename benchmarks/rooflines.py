@@ -6,7 +6,7 @@ limits it, would take; launch latency is left out. ``python -m benchmarks --roof
 A multiply-add counts as two flops. `Work.flops` are those of the algorithm the kernel runs (packed pairs, half of a
 symmetric result), without the padding of tiles. bfloat16 and half go through tensor cores; where the operands are
 formed on the way, each is split in two parts and the tensor cores do three products (`Work.executed`). "tf32" is
-float32 where ``torch.backends.cuda.matmul.allow_tf32`` lets a product round its operands; the kernels keep float32.
+float32 where ``torch.backends.cuda.matmul.allow_tf32`` lets a product round its operands; the kernels do so then.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "precision.h"
+
 // `op` allocates its result; `op_out` writes into a contiguous tensor of the right shape.
 STABLE_TORCH_LIBRARY(torch_curvature, m) {
   // [*, m], [*, n] -> [*, m, n]
@@ -51,8 +53,22 @@ const char* instruction_set() {
 }
 }  // namespace
 
+bool torch_curvature::tf32_allowed() {
+  if (!Py_IsInitialized()) return false;
+  const pybind11::gil_scoped_acquire lock;
+  try {
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<pybind11::object> setting;
+    setting.call_once_and_store_result(
+        [] { return pybind11::module_::import("torch._C").attr("_get_fp32_precision_getter"); });
+    return setting.get_stored()("cuda", "matmul").cast<std::string>() == "tf32";
+  } catch (const std::exception&) {
+    return false;  // no such setting: true float32
+  }
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of torch_curvature, registered as torch.ops.torch_curvature.*";
+  m.def("tf32_allowed", &torch_curvature::tf32_allowed);
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"compiler", __VERSION__},

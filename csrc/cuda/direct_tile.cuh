@@ -1,12 +1,12 @@
 // A tile of a matrix product whose operands lie in global memory as they are: c[r, q] += sum_k x(r, k) y(q, k).
 //
 // bfloat16 and half: asynchronous copies into two stages of shared memory, ldmatrix, tensor cores; products are exact
-// and accumulated in float32. float32 and float64: the mainloop of tile.cuh. Memory is contiguous either along the rows
+// and accumulated in float32. float32 and float64: the mainloop of tile.cuh; TF32: that of tensor_tile.cuh. Memory is
+// contiguous either along the rows
 // of the tile (RowsContiguous: an operand stored [k][row]) or along the depth (stored [row][k]); 128-bit loads where
 // `vector` says that the caller has checked alignment, element by element where not.
 #pragma once
-#include "ptx.cuh"
-#include "tile.cuh"
+#include "tensor_tile.cuh"
 
 namespace torch_curvature::cuda {
 
@@ -15,7 +15,7 @@ namespace torch_curvature::cuda {
 template <class T, int TileEdge, bool RowsContiguous>
 struct DirectTile {
   using A = float;
-  static constexpr int kTile = TileEdge, kDepth = 32, kSide = kTile / 16, kBlocks = 1;
+  static constexpr int kTile = TileEdge, kDepth = 32, kSide = kTile / 16, kBlocks = kTile == 64 ? 3 : 2;
   static constexpr int kGroup = 8;               // elements of a 16-byte copy
   static constexpr int kWarpTiles = kTile / 32;  // a warp's results: so many 16-row by so many 8-column blocks
   static constexpr int kPad = 8;                 // keeps rows that ldmatrix reads together in different banks
@@ -28,7 +28,7 @@ struct DirectTile {
   using Accumulators = A[kSide][kSide];
   static_assert(RowsContiguous || kCopies == 1, "a thread copies for one row");
 
-  // Eight warps, two by four. Element (i, j) of a thread: see SplitTile.
+  // Eight warps, two by four. Element (i, j) of a thread: see TensorTile.
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / 128 * (kTile / 2); }
   static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % 4 * (kTile / 4); }
   static __device__ __forceinline__ int row(int i) {
@@ -89,11 +89,7 @@ struct DirectTile {
         if constexpr (RowsContiguous) ldmatrix_x4<true>(b[j], &y[k + lane % 16][q + lane / 16 * 8]);
         else ldmatrix_x4<false>(b[j], &y[q + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
       }
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kWarpTiles; ++j)
-          mma_m16n8k16<T>(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      mma_tiles<T, kWarpTiles, kWarpTiles>(c, a, b);
     }
   }
 
@@ -152,37 +148,38 @@ struct DirectTile {
   }
 };
 
-// The same interface for float32 and float64.
-template <class T, bool RowsContiguous>
-struct SimtDirectTile : SimtTile<T, 64> {
-  using Base = SimtTile<T, 64>;
+// The same interface where values are fetched through registers: float32 and float64 by PlainTile, TF32 by TensorTile.
+template <class Base, class T, bool RowsContiguous>
+struct FetchedTile : Base {
+  using A = typename Base::A;
+  static constexpr bool kQuads = RowsContiguous && Base::kRowQuads;
   static __device__ __forceinline__ int own_row() {
-    return RowsContiguous ? Base::template Across<int>::own_row() : Base::template Along<int>::own_row();
+    if constexpr (kQuads) return Base::template Quads<int>::own_row();
+    else if constexpr (RowsContiguous) return Base::template Across<int>::own_row();
+    else return Base::template Along<int>::own_row();
   }
   template <class F>
   static __device__ __forceinline__ auto operand(F address, int64_t left, bool vector) {
-    if constexpr (RowsContiguous) {
-      return Base::across([=](int64_t segment, int k) -> T { return left > 0 ? __ldg(address(segment, k)) : T(0); });
+    if constexpr (kQuads) {
+      return Base::quads([=](int64_t segment, int k, A(&r)[Base::kFetch]) {
+        load_run(left > 0 ? address(segment, k) : nullptr, left, vector, r);
+      });
+    } else if constexpr (RowsContiguous) {
+      return Base::across(
+          [=](int64_t segment, int k) -> A { return left > 0 ? widen(__ldg(address(segment, k))) : A(0); });
     } else {
-      return Base::along([=](int64_t segment, int k, int depth, T(&r)[Base::kFetch]) {
+      return Base::along([=](int64_t segment, int k, int depth, A(&r)[Base::kFetch]) {
         const int count = left > 0 ? depth - k : 0;
-        if (vector && count >= Base::kFetch) {
-#pragma unroll
-          for (int q = 0; q < Base::kFetch; q += kPerVector<T>) {
-            const auto group = load_pack<kPerVector<T>>(address(segment, k) + q);
-#pragma unroll
-            for (int e = 0; e < kPerVector<T>; ++e) r[q + e] = group.v[e];
-          }
-        } else {
-#pragma unroll
-          for (int q = 0; q < Base::kFetch; ++q) r[q] = q < count ? __ldg(address(segment, k) + q) : T(0);
-        }
+        load_run(count > 0 ? address(segment, k) : nullptr, count, vector, r);
       });
     }
   }
 };
 
+// bfloat16 and half by asynchronous copies, the others through registers.
 template <class T, bool RowsContiguous>
-using DirectTileOf = std::conditional_t<sizeof(T) == 2, DirectTile<T, RowsContiguous ? 128 : 64, RowsContiguous>,
-                                        SimtDirectTile<accumulate_t<T>, RowsContiguous>>;
+using DirectTileOf = std::conditional_t<
+    sizeof(T) == 2, DirectTile<T, RowsContiguous ? 128 : 64, RowsContiguous>,
+    FetchedTile<std::conditional_t<std::is_same_v<T, Tf32>, TensorTile<Tf32Format, 64>, PlainTile<accumulate_t<T>, 64>>,
+                T, RowsContiguous>>;
 }  // namespace torch_curvature::cuda

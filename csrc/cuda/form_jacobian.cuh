@@ -64,11 +64,22 @@ struct Pieces {
   int64_t total, each;
   bool wide;
 };
+// Pieces that stay in the second-level cache (40 MB and more on all that we compile for) between being written and
+// being read; but `least` things where those take no more than max_workspace_bytes().
+constexpr int64_t kCachedBytes = 32 << 20;
 template <class T>
-Pieces jacobian_pieces(int64_t total, int64_t numbers_per_thing) {
-  const int64_t fit = max_workspace_bytes() / static_cast<int64_t>(sizeof(accumulate_t<T>)) /
-                      (numbers_per_thing ? numbers_per_thing : 1);
-  const int64_t each = fit < 1 ? 1 : fit < total ? fit : total;
+Pieces jacobian_pieces(int64_t total, int64_t numbers_per_thing, int64_t least) {
+  const auto fit = [&](int64_t bytes) {
+    const int64_t count =
+        bytes / static_cast<int64_t>(sizeof(accumulate_t<T>)) / (numbers_per_thing ? numbers_per_thing : 1);
+    return count < 1 ? int64_t(1) : count;
+  };
+  const int64_t most = fit(max_workspace_bytes()),
+                cached = fit(kCachedBytes < max_workspace_bytes() ? kCachedBytes : max_workspace_bytes());
+  int64_t each = least < most ? least : most;
+  if (each < cached) each = cached;
+  if (each > total) each = total;
+  if (each < 1) each = 1;
   return {total, each, sizeof(T) == 2 && each < total};
 }
 }  // namespace torch_curvature::cuda

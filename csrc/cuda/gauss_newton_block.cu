@@ -11,7 +11,7 @@ void block_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& s
   const OnDevice here(g);
   const JacobianOperands operands(g, a, s);
   const Signs signs(sign);
-  dispatch_floating(g.scalar_type(), [&](auto* type) {
+  dispatch_products(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const BlockPlan<T> plan = block_plan(operands.jacobian<T>(), signs.data<T>(), static_cast<T*>(out.data_ptr()));
     const Workspace<accumulate_t<T>> workspace(g, gauss_newton_block_workspace(plan));

@@ -6,12 +6,22 @@
 // memory; with more they are formed once, in a workspace [N, O (O+1) / 2]. S > 1: J of a piece of the samples at a
 // time, then the lower half of J^T J over (v, n), added up over pieces; V N (O I)^2 + 2 V N S O I flops. Every value is
 // written to its mirrored places: symmetric to the bit.
+//
+// Why J goes through a workspace (bounded: see jacobian_pieces), by counting. A tile of 128 x 128 results takes 256
+// values of J a sample (v, n) for its 16384 multiply-adds. Formed in shared memory by every tile anew a value costs S
+// multiply-adds, S / 64 of the tile's own, and as many loads from shared memory, of which a multiprocessor does 32 a
+// cycle beside 128 multiply-adds: S / 16 of the tile's own time. In the workspace a value is formed once by a product
+// that uses each operand 64 times, and costs 8 bytes of traffic to the P = O I flops that it takes part in: that hides
+// behind the arithmetic from P = 160 on (H100, float32: 20 flops a byte), sooner where the piece stays in cache. So the
+// workspace is the faster form from S = 2 or 3 on for all blocks of more than some hundred parameters.
 #pragma once
 #include "form_jacobian.cuh"
 #include "kronecker_sum.cuh"
 
 namespace torch_curvature::cuda {
 
+// Samples (v, n) of a piece: each piece reads and writes the block, 6 bytes a value, which is to hide behind its flops.
+constexpr int64_t kLeastSamples = 1024;
 constexpr int64_t kFormedColumns = 16;  // up to so many columns v, the pairs of B are formed by every tile anew
 
 // B[n, (o, p)] = sum_v sign[v, n] g[v, n, o] g[v, n, p] for o >= p.
@@ -20,7 +30,7 @@ struct SampleGramProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = int64_t;
-  static constexpr bool kMirrored = true;
+  static constexpr bool kMirrored = true, kAlong = false;
 
   Jacobian<T> j;
   const T* sign;
@@ -49,7 +59,7 @@ struct GaussNewtonPairsProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = Pair;
-  static constexpr bool kMirrored = false;
+  static constexpr bool kMirrored = false, kAlong = false;
 
   Jacobian<T> j;
   const T* sign;
@@ -87,7 +97,7 @@ struct JacobianSquareProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = int64_t;
-  static constexpr bool kMirrored = true;
+  static constexpr bool kMirrored = true, kAlong = false;
 
   const A* jacobian;      // [depth, rows]
   const T* sign;          // of the piece's first sample
@@ -131,7 +141,8 @@ struct BlockPlan {
 };
 template <class T>
 BlockPlan<T> block_plan(const Jacobian<T>& j, const T* sign, T* out) {
-  return {j, sign, out, jacobian_pieces<T>(j.N, j.V * j.O * j.I), j.V > kFormedColumns};
+  return {j, sign, out, jacobian_pieces<T>(j.N, j.V * j.O * j.I, ceil_div(kLeastSamples, j.V ? j.V : 1)),
+          j.V > kFormedColumns};
 }
 template <class T>
 SampleGramProblem<T> sample_gram(const BlockPlan<T>& plan, accumulate_t<T>* formed) {
@@ -143,7 +154,7 @@ GaussNewtonPairsProblem<T> block_pairs(const BlockPlan<T>& plan, const accumulat
   return {j,
           plan.sign,
           formed,
-          {plan.out, j.O, j.O, j.I, j.I, true, true},
+          {{j.O, j.O, j.I, j.I, true, true}, plan.out},
           1,
           count_pairs(j.O, j.O, true),
           count_pairs(j.I, j.I, true),

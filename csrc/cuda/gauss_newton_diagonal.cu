@@ -12,7 +12,7 @@ Tensor gauss_newton_diagonal(const Tensor& g, const Tensor& a, std::optional<Ten
   const OnDevice here(g);
   const JacobianOperands operands(g, a, s);
   const Signs signs(sign);
-  dispatch_floating(g.scalar_type(), [&](auto* type) {
+  dispatch_products(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Jacobian<T> j = operands.jacobian<T>();
     const Workspace<accumulate_t<T>> partial(g, gauss_newton_diagonal_workspace(j));

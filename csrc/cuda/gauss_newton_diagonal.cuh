@@ -16,7 +16,7 @@ struct DiagonalProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = int64_t;
-  static constexpr bool kMirrored = false;
+  static constexpr bool kMirrored = false, kAlong = false;
 
   Jacobian<T> j;
   const T* sign;
@@ -57,9 +57,14 @@ struct SquaresProblem {
 
 template <class T>
 using SquaresTile = DirectTileOf<T, true>;
+// Resident on a multiprocessor. Two sets of 64 accumulators for bfloat16 and half leave room for one: its 8 warps have
+// 32 tensor-core products each to do, at half a warp's rate 512 cycles, while the copies of the next slab are under
+// way.
+template <class T>
+constexpr int kSquaresBlocks = sizeof(T) == 2 ? 1 : SquaresTile<T>::kBlocks;
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kSquaresBlocks<T>)
     squares_kernel(SquaresProblem<T> p, accumulate_t<T>* __restrict__ partial) {
   using Tile = SquaresTile<T>;
   auto& s = shared_storage<typename Tile::Shared>();

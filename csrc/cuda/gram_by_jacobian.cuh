@@ -1,6 +1,13 @@
 // jacobian_gram by forming Jacobians: J [V N, O' I] for a piece O' of the outputs at a time, then one matrix product
 // J K^T over (o, i), added up over pieces. Flops: 2 (V N S + V2 N2 S2) O I + 2 V N V2 N2 O I (half where symmetric):
 // less than the products of positions by positions (jacobian_gram.cuh) where S is large. The launcher counts both.
+//
+// Why J goes through a workspace (bounded: see jacobian_pieces), by counting. The rows of a tile are different samples:
+// formed on the fly, their J share no operand. A thread that forms 8 x 8 of one sample's (o, i) loads 64 bytes for 64
+// multiply-adds, of which a multiprocessor does 128 a cycle: twice what its first-level cache gives, four times what
+// the second gives; and every one of the V N / 128 tiles of the other side does it anew, S / 64 of its own work. Formed
+// once, by a product that uses each operand 64 times, a value costs 8 bytes, and pieces of the outputs so small that
+// they stay in the second-level cache keep those off the memory.
 #pragma once
 #include "form_jacobian.cuh"
 #include "jacobian_gram.cuh"
@@ -13,9 +20,10 @@ struct GramProductProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = int64_t;
-  static constexpr bool kMirrored = Symmetric;
+  static constexpr bool kMirrored = Symmetric, kAlong = true;
 
   const A *left, *right;  // [rows, depth], [cols, depth]
+  bool vector;            // 128-bit loads of both are allowed
   T* out;
   A* wide;  // where the sum goes if not to out
   bool add;
@@ -24,11 +32,12 @@ struct GramProductProblem {
 
   __device__ Key row_key(int64_t r) const { return r; }
   __device__ Key col_key(int64_t c) const { return c; }
-  __device__ auto row_value(int64_t, Key r) const {
-    return [p = left + r * depth](int64_t, int k) -> A { return __ldg(p + k); };
-  }
-  __device__ auto col_value(int64_t, Key c) const {
-    return [p = right + c * depth](int64_t, int k) -> A { return __ldg(p + k); };
+  __device__ auto row_value(int64_t, Key r) const { return values(left + r * depth); }
+  __device__ auto col_value(int64_t, Key c) const { return values(right + c * depth); }
+  __device__ auto values(const A* row) const {
+    return [row, vector = vector](int64_t, int k, int depth, auto& r) {
+      load_run(k < depth ? row + k : row, depth - k, vector, r);
+    };
   }
   template <class Number>
   __device__ void put(Number* to, Key r, Key c, A sum) const {
@@ -75,7 +84,7 @@ struct GramPlan {
 template <class T>
 GramPlan<T> gram_plan(const Jacobian<T>& left, const Jacobian<T>& right, bool symmetric) {
   GramPlan<T> plan{left, right, symmetric, gram_by_positions(left, right, symmetric), {}};
-  plan.pieces = jacobian_pieces<T>(left.O, (plan.rows() + (symmetric ? 0 : plan.cols())) * left.I);
+  plan.pieces = jacobian_pieces<T>(left.O, (plan.rows() + (symmetric ? 0 : plan.cols())) * left.I, 1);
   return plan;
 }
 // The largest piece's product, of which the workspace is a part.
@@ -110,6 +119,7 @@ void launch_gram_pieces(const GramPlan<T>& plan, T* out, bool add, accumulate_t<
     left.g += o, left.O = count, right.g += o, right.O = count;
     auto p = gram_product<Symmetric>(plan, count);
     p.left = workspace, p.right = Symmetric ? workspace : workspace + plan.rows() * left.I * count;
+    p.vector = vector_aligned(p.left, p.depth) && vector_aligned(p.right, p.depth);
     p.out = out, p.wide = wide, p.add = o > 0 || (add && !wide);
     launch_form_jacobian(left, workspace, stream);
     if (!Symmetric) launch_form_jacobian(right, workspace + plan.rows() * left.I * count, stream);

@@ -10,7 +10,7 @@ void gram_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2
   if (product(s.result) == 0) return;
   const OnDevice here(g);
   const JacobianOperands left(g, a, s.left), right(g2 ? *g2 : g, a2 ? *a2 : a, s.right);
-  dispatch_floating(g.scalar_type(), [&](auto* type) {
+  dispatch_products(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const GramPlan<T> plan = gram_plan(left.jacobian<T>(), right.jacobian<T>(), !g2);
     const Workspace<accumulate_t<T>> workspace(g, jacobian_gram_workspace(plan));

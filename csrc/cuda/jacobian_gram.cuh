@@ -15,6 +15,8 @@ namespace torch_curvature::cuda {
 
 template <class T>
 using GramTile = DirectTileOf<T, false>;
+template <class T>
+constexpr int kGramBlocks = sizeof(T) == 8 ? 1 : 2;  // resident on a multiprocessor: two sets of accumulators are kept
 
 template <class T>
 struct GramProblem {
@@ -30,7 +32,7 @@ struct GramProblem {
 
 // A thread's operand of one tile: the row (n, s) that it fetches is the same for a and g.
 struct GramRow {
-  int64_t n, s;
+  int n, s;
   bool valid;
 };
 
@@ -56,8 +58,8 @@ struct GramBlock {
   // The row that this thread fetches: of samples from n0 on, positions from s0 on (0 unless a sample fills the tile).
   static __device__ __forceinline__ GramRow own(const Jacobian<T>& j, int64_t n0, int64_t per_tile, int64_t s0) {
     const int64_t r = Tile::own_row(), size = per_tile > 1 ? j.S : Tile::kTile;
-    const GramRow row{n0 + r / size, s0 + r % size, true};
-    return {row.n, row.s, r < per_tile * size && row.n < j.N && row.s < j.S};
+    const int64_t n = n0 + r / size, position = s0 + r % size;
+    return {static_cast<int>(n), static_cast<int>(position), r < per_tile * size && n < j.N && position < j.S};
   }
   __device__ __forceinline__ void inputs(const GramRow& r, const GramRow& c, Accumulators& acc) const {
     const T *x = p.left.a + r.n * p.left.a_n + r.s * p.left.a_s, *y = p.right.a + c.n * p.right.a_n + c.s * p.right.a_s;
@@ -131,13 +133,18 @@ struct GramBlock {
     __syncthreads();
   }
 
-  // One position a sample: an element of the tile is a result.
+  // One position a sample: an element of the tile is a result. By way of shared memory, so that the threads of a warp
+  // store neighbours.
   __device__ void store_elements(const Accumulators& x, const Accumulators& y, int64_t n0, int64_t m0, int64_t v,
                                  int64_t w) const {
-    for_each([&](int i, int j) {
-      const int64_t n = n0 + Tile::row(i), m = m0 + Tile::column(j);
-      if (wanted(v, n, w, m)) put(v, n, w, m, x[i][j] * y[i][j]);
-    });
+    for_each([&](int i, int j) { s.product[Tile::row(i)][Tile::column(j)] = x[i][j] * y[i][j]; });
+    __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x; at < Tile::kTile * Tile::kTile; at += kTileThreads) {
+      const int r = at / Tile::kTile, c = at % Tile::kTile;
+      if (wanted(v, n0 + r, w, m0 + c)) put(v, n0 + r, w, m0 + c, s.product[r][c]);
+    }
+    __syncthreads();
   }
 
   // One pair of samples with more positions than a tile has rows (or nearly): tiles of positions, summed over the
@@ -153,7 +160,9 @@ struct GramBlock {
         inputs(r, c, x);
         gradients(v, w, r, c, y);
         A part = 0;
-        for_each([&](int i, int j) { part += x[i][j] * y[i][j]; });  // past the end both are zero
+        for_each([&](int i, int j) {  // past the end both are zero, but not where zero met infinity
+          if (s0 + Tile::row(i) < p.left.S && t0 + Tile::column(j) < p.right.S) part += x[i][j] * y[i][j];
+        });
         sum += half && s0 != t0 ? 2 * part : part;
       }
     sum = sum_block<kTileThreads>(sum, s.partial);
@@ -171,7 +180,7 @@ struct GramBlock {
 
 // Several samples a tile: the products of a are computed once for all pairs (v, w) of the block's chunk.
 template <class T, bool OnePosition>
-__global__ void __launch_bounds__(kTileThreads) gram_kernel(GramProblem<T> p) {
+__global__ void __launch_bounds__(kTileThreads, kGramBlocks<T>) gram_kernel(GramProblem<T> p) {
   const GramBlock<T> block{p, shared_storage<GramShared<T>>()};
   CURVATURE_GRID_STRIDE(item, p.tiles * p.chunks) {
     const int64_t tile = item / p.chunks, chunk = item - tile * p.chunks;
@@ -195,7 +204,7 @@ __global__ void __launch_bounds__(kTileThreads) gram_kernel(GramProblem<T> p) {
 
 // One sample fills a tile or more: a block a result (v, n, w, m).
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 1) gram_long_kernel(GramProblem<T> p) {
+__global__ void __launch_bounds__(kTileThreads, GramTile<T>::kBlocks) gram_long_kernel(GramProblem<T> p) {
   const GramBlock<T> block{p, shared_storage<GramShared<T>>()};
   CURVATURE_GRID_STRIDE(item, p.left.N * (p.norms ? 1 : p.right.N) * p.pairs) {
     const int64_t samples = item / p.pairs, pair = item - samples * p.pairs;

@@ -12,7 +12,7 @@ Tensor jacobian_norms(const Tensor& g, const Tensor& a) {
   if (s.V * s.N == 0) return out;
   const OnDevice here(g);
   const JacobianOperands operands(g, a, s);
-  dispatch_floating(g.scalar_type(), [&](auto* type) {
+  dispatch_products(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Jacobian<T> j = operands.jacobian<T>();
     const Workspace<accumulate_t<T>> partial(g, jacobian_norms_workspace(j));

@@ -52,7 +52,7 @@ struct NormsShared {
 
 // partial[(v, n), tile] = sum of the squares of a tile of J[v, n].
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, NormsTile<T>::kBlocks)
     norms_tile_kernel(Jacobian<T> j, bool g_vector, bool a_vector, accumulate_t<T>* __restrict__ partial) {
   using Tile = NormsTile<T>;
   auto& s = shared_storage<NormsShared<T>>();
@@ -65,11 +65,12 @@ __global__ void __launch_bounds__(kTileThreads)
     typename Tile::Accumulators acc = {};
     Tile::run(s.operands, j.template g_operand<Tile>(v, o0, g_vector), j.template a_operand<Tile>(i0, a_vector),
               Slabs{n * slabs, (n + 1) * slabs, static_cast<int>(j.S)}, acc, [](auto&, int64_t) {});
-    accumulate_t<T> sum = 0;  // rows and columns past the end are zero
+    accumulate_t<T> sum = 0;  // rows and columns past the end are zero, but not where zero met infinity
 #pragma unroll
     for (int i = 0; i < Tile::kSide; ++i)
 #pragma unroll
-      for (int k = 0; k < Tile::kSide; ++k) sum += acc[i][k] * acc[i][k];
+      for (int k = 0; k < Tile::kSide; ++k)
+        if (o0 + Tile::row(i) < j.O && i0 + Tile::column(k) < j.I) sum += acc[i][k] * acc[i][k];
     sum = sum_block<kTileThreads>(sum, s.partial);
     if (threadIdx.x == 0) partial[item] = sum;
   }

@@ -12,14 +12,14 @@ void kronecker_into(const Tensor& b, const Tensor& a, const std::optional<Tensor
   const OnDevice here(b);
   const auto sb = strided<3>(b, s.batch);
   const auto sa = strided<2>(a, s.batch), sr = strided<2>(a2 ? *a2 : a, s.batch);
-  dispatch_floating(b.scalar_type(), [&](auto* type) {
+  dispatch_products(b.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     KroneckerProblem<T> p{};
     p.b = sb.data<T>(), p.b_batch = sb.batch, p.b_n = sb.core[0], p.b_o = sb.core[1], p.b_p = sb.core[2];
     p.a = sa.data<T>(), p.a_batch = sa.batch, p.a_n = sa.core[0], p.a_i = sa.core[1];
     p.a2 = sr.data<T>(), p.a2_batch = sr.batch, p.a2_n = sr.core[0], p.a2_j = sr.core[1];
     p.batch = product(s.batch);
-    p.scatter = {static_cast<T*>(out.data_ptr()), s.O, s.O2, s.I, s.I2, symmetric, !a2};
+    p.scatter = {{s.O, s.O2, s.I, s.I2, symmetric, !a2}, static_cast<T*>(out.data_ptr())};
     p = kronecker_problem(p, s.N);
     const Workspace<accumulate_t<T>> partial(b, tile_product_workspace(p));
     launch_kronecker_sum(p, partial.data(), here.stream());

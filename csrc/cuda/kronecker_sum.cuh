@@ -10,37 +10,45 @@
 
 namespace torch_curvature::cuda {
 
-// Where a product of the pairs (o, p) by (i, j) goes in G [B, O I, O2 I2].
-template <class T>
-struct KroneckerScatter {
-  T* out;
+// Which pairs (o, p) and (i, j) are multiplied.
+struct KroneckerPairs {
   int64_t O, O2, I, I2;
   bool b_symmetric, a_same;
 
-  __device__ void put(int64_t k, int o, int i, int p, int j, T value) const {
-    out[((k * O + o) * I + i) * (O2 * I2) + p * I2 + j] = value;
-  }
-  __device__ void store(int64_t k, Pair op, Pair ij, accumulate_t<T> sum) const {
+  // Calls put(o, i, p, j) for the place of a product and for those where it stands mirrored.
+  template <class Put>
+  __device__ void for_each_place(Pair op, Pair ij, Put put) const {
     const int o = op.first, p = op.second, i = ij.first, j = ij.second;
-    const T value = narrow<T>(sum);
-    put(k, o, i, p, j, value);
-    if (a_same && i != j) put(k, o, j, p, i, value);
+    put(o, i, p, j);
+    if (a_same && i != j) put(o, j, p, i);
     if (b_symmetric && o != p) {
-      put(k, p, i, o, j, value);
-      if (a_same && i != j) put(k, p, j, o, i, value);
+      put(p, i, o, j);
+      if (a_same && i != j) put(p, j, o, i);
     }
   }
 };
 
-template <class T_>
+// Where products go in G [B, O I, O2 I2].
+template <class T>
+struct KroneckerScatter : KroneckerPairs {
+  T* out;
+
+  __device__ void store(int64_t k, Pair op, Pair ij, accumulate_t<T> sum) const {
+    const T value = narrow<T>(sum);
+    for_each_place(op, ij,
+                   [&](int o, int i, int p, int j) { out[((k * O + o) * I + i) * (O2 * I2) + p * I2 + j] = value; });
+  }
+};
+
+template <class T_, class Scatter = KroneckerScatter<T_>>
 struct KroneckerProblem {
   using T = T_;
   using A = accumulate_t<T>;
   using Key = Pair;
-  static constexpr bool kMirrored = false;
+  static constexpr bool kMirrored = false, kAlong = false;
 
   const T *b, *a, *a2;
-  KroneckerScatter<T> scatter;
+  Scatter scatter;
   int64_t b_batch, b_n, b_o, b_p;  // strides, in elements
   int64_t a_batch, a_n, a_i;
   int64_t a2_batch, a2_n, a2_j;
@@ -62,10 +70,15 @@ struct KroneckerProblem {
   __device__ void store(int64_t k, Key op, Key ij, A sum) const { scatter.store(k, op, ij, sum); }
 };
 
-// Fills in what follows from the sizes. a_same: a2 is a. N = 0 gives zeros.
-template <class T>
-KroneckerProblem<T> kronecker_problem(KroneckerProblem<T> p, int64_t N) {
+// Fills in what follows from the sizes. a_same: a2 is a. Of a symmetric b the upper triangle is read (keys are o >= p).
+// N = 0 gives zeros.
+template <class T, class Scatter>
+KroneckerProblem<T, Scatter> kronecker_problem(KroneckerProblem<T, Scatter> p, int64_t N) {
   const auto& s = p.scatter;
+  if (s.b_symmetric) {
+    const int64_t o = p.b_o;
+    p.b_o = p.b_p, p.b_p = o;
+  }
   p.rows = count_pairs(s.O, s.O2, s.b_symmetric), p.cols = count_pairs(s.I, s.I2, s.a_same);
   p.segments = 1, p.depth = static_cast<int>(N);
   return p;

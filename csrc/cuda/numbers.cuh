@@ -4,6 +4,16 @@
 
 namespace torch_curvature::cuda {
 
+// A float32 in memory whose products may be taken in TF32 (10 bits of mantissa, sums in float32): the element type of
+// kernels that multiply where torch's own setting allows TF32.
+struct Tf32 {
+  float value;
+};
+#ifndef TORCH_CURVATURE_EMULATOR
+using ::__ldg;
+__device__ __forceinline__ Tf32 __ldg(const Tf32* p) { return {::__ldg(&p->value)}; }
+#endif
+
 template <class T>
 struct Accumulate {
   using type = float;
@@ -18,6 +28,7 @@ using accumulate_t = typename Accumulate<T>::type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(Tf32 x) { return x.value; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
@@ -25,6 +36,7 @@ template <class T>
 __device__ __forceinline__ T narrow(accumulate_t<T> x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
   else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, Tf32>) return {x};
   else return x;
 }
 

@@ -9,6 +9,7 @@
 
 #include <initializer_list>
 
+#include "../precision.h"
 #include "../strided.h"
 #include "numbers.cuh"
 
@@ -79,5 +80,11 @@ void dispatch_floating(ScalarType dtype, F&& f) {
     case ScalarType::BFloat16: f(static_cast<__nv_bfloat16*>(nullptr)); break;
     default: CURVATURE_CHECK(false, "unsupported dtype");
   }
+}
+// The same for operators that multiply matrices: float32 as Tf32 where the user allows TF32.
+template <class F>
+void dispatch_products(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Float && tf32_allowed()) f(static_cast<Tf32*>(nullptr));
+  else dispatch_floating(dtype, f);
 }
 }  // namespace torch_curvature::cuda

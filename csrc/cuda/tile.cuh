@@ -1,12 +1,13 @@
-// A tile of a matrix product on the ordinary (not tensor) units: c[r, q] += sum_k x(r, k) y(q, k), in float32 or
-// float64.
+// A tile of a matrix product in the precision of its operands: c[r, q] += sum_k x(r, k) y(q, k), in float32 on the
+// ordinary units, or in float64 on tensor cores, where they multiply and add in float64 (twice the rate on sm_80 and
+// sm_90, the same on sm_120).
 //
 // An operand is anything that gives values: a matrix in global memory, or products and sums formed on the way to shared
 // memory. The depth k runs through `segments` runs of `depth` each (a run a sample, say); after each the caller may
 // fold the tile into something else. Tiles are double buffered: the next slab's values are fetched into registers while
 // the present one is multiplied.
 #pragma once
-#include "numbers.cuh"
+#include "ptx.cuh"
 
 namespace torch_curvature::cuda {
 
@@ -18,23 +19,54 @@ struct Slabs {
 
 constexpr int kTileThreads = 256;
 
+// r[0 .. Count) = p[0 .. Count), zeros from `left` on; by 128-bit loads where `vector` says that they are aligned.
+template <int Count, class T, class A>
+__device__ __forceinline__ void load_run(const T* p, int64_t left, bool vector, A (&r)[Count]) {
+  if (vector && left >= Count) {
+#pragma unroll
+    for (int q = 0; q < Count; q += kPerVector<T>) {
+      const auto group = load_pack<kPerVector<T>>(p + q);
+#pragma unroll
+      for (int e = 0; e < kPerVector<T>; ++e) r[q + e] = widen(group.v[e]);
+    }
+  } else {
+#pragma unroll
+    for (int q = 0; q < Count; ++q) r[q] = q < left ? widen(__ldg(p + q)) : A(0);
+  }
+}
+
 // Tile x Tile results by 256 threads, kSide x kSide each.
 template <class Acc, int TileEdge>
-struct SimtTile {
+struct PlainTile {
   using A = Acc;
+  static constexpr bool kTensor = std::is_same_v<A, double>;
   static constexpr int kTile = TileEdge, kDepth = 1024 / kTile, kSide = kTile / 16, kFetch = 4, kPitch = kTile + 4;
-  // Resident on a multiprocessor: a bound on registers for the compiler, chosen so that nothing spills.
-  static constexpr int kBlocks = kTile == 64 && sizeof(A) == 4 ? 3 : 1;
+  static constexpr int kBlocks = kTile == 64 && !kTensor ? 3 : 2;  // resident on a multiprocessor
+  static constexpr bool kRowQuads = true;
   struct Shared {
     alignas(32) A x[2][kDepth][kPitch], y[2][kDepth][kPitch];
   };
   using Accumulators = A[kSide][kSide];
 
   // Tile row (or column) of this thread's i-th: groups of four neighbours, 64 apart, so that a warp's loads have no
-  // conflicts.
+  // conflicts. On tensor cores: eight warps, two by four, of 8 x 8 blocks.
   static __device__ __forceinline__ int place(int which, int i) { return i / 4 * 64 + which * 4 + i % 4; }
-  static __device__ __forceinline__ int row(int i) { return place(threadIdx.x / 16, i); }
-  static __device__ __forceinline__ int column(int j) { return place(threadIdx.x % 16, j); }
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 128 * (kTile / 2); }
+  static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % 4 * (kTile / 4); }
+  // All threads' i-th rows together are kRowGroups rows: a thread is of group row_group().
+  static constexpr int kRowGroups = 16, kNeighbours = kTensor ? 2 : 4;  // columns next to each other in memory
+  static __device__ __forceinline__ int row_group() {
+    return kTensor ? threadIdx.x / 128 * 8 + threadIdx.x % 32 / 4 : threadIdx.x / 16;
+  }
+  static __device__ __forceinline__ int row_of(int group, int i) {
+    if constexpr (kTensor) return group / 8 * (kTile / 2) + i * 8 + group % 8;
+    else return place(group, i);
+  }
+  static __device__ __forceinline__ int row(int i) { return row_of(row_group(), i); }
+  static __device__ __forceinline__ int column(int j) {
+    if constexpr (kTensor) return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+    else return place(threadIdx.x % 16, j);
+  }
 
   // The thread fetches values of one row of the tile, its own, at kFetch depths: neighbours read neighbouring rows.
   // value(segment, k) -> A is bound to that row.
@@ -71,6 +103,35 @@ struct SimtTile {
       for (int q = 0; q < kFetch; ++q) slab[threadIdx.x % kQuads * kFetch + q][threadIdx.x / kQuads] = r[q];
     }
   };
+  // The thread fetches four neighbouring rows at one depth: for operands that are contiguous along the rows.
+  // values(segment, k, r) fills r[0..3] with the values of rows own_row() and on.
+  template <class F>
+  struct Quads {
+    F values;
+    static_assert(kTile / kFetch * kDepth == kTileThreads, "one fetch a thread");
+    static __device__ __forceinline__ int own_row() { return threadIdx.x % (kTile / kFetch) * kFetch; }
+    __device__ __forceinline__ void fetch(A (&r)[kFetch], int64_t segment, int k0, int depth) const {
+      const int k = k0 + threadIdx.x / (kTile / kFetch);
+      if (k < depth) {
+        values(segment, k, r);
+      } else {
+#pragma unroll
+        for (int q = 0; q < kFetch; ++q) r[q] = 0;
+      }
+    }
+    static __device__ __forceinline__ void put(A (&slab)[kDepth][kPitch], const A (&r)[kFetch]) {
+      Pack<A, kPerVector<A>> group[kFetch / kPerVector<A>];
+#pragma unroll
+      for (int q = 0; q < kFetch; ++q) group[q / kPerVector<A>].v[q % kPerVector<A>] = r[q];
+#pragma unroll
+      for (int q = 0; q < kFetch; q += kPerVector<A>)
+        store_pack(&slab[threadIdx.x / (kTile / kFetch)][own_row() + q], group[q / kPerVector<A>]);
+    }
+  };
+  template <class F>
+  static __device__ __forceinline__ Quads<F> quads(F f) {
+    return {f};
+  }
   template <class F>
   static __device__ __forceinline__ Across<F> across(F f) {
     return {f};
@@ -82,8 +143,9 @@ struct SimtTile {
 
   static __device__ __forceinline__ void multiply(const A (&x)[kDepth][kPitch], const A (&y)[kDepth][kPitch],
                                                   Accumulators& acc) {
+    if constexpr (kTensor) return multiply_tensor(x, y, acc);
     const int tx = threadIdx.x % 16 * 4, ty = threadIdx.x / 16 * 4;
-#pragma unroll
+#pragma unroll(kTile == 128 ? 2 : kDepth)  // all of a large tile's would take more registers than two blocks have
     for (int k = 0; k < kDepth; ++k) {
       Pack<A, 4> u[kSide / 4], v[kSide / 4];
 #pragma unroll
@@ -93,6 +155,22 @@ struct SimtTile {
       for (int i = 0; i < kSide; ++i)
 #pragma unroll
         for (int j = 0; j < kSide; ++j) acc[i][j] += u[i / 4].v[i % 4] * v[j / 4].v[j % 4];
+    }
+  }
+
+  // A warp's rows in blocks of 8 by as many columns in blocks of 8, depths in fours. Rows of a slab lie 4 numbers
+  // further along the banks than the row before, so that the loads of a warp have no conflicts.
+  static __device__ __forceinline__ void multiply_tensor(const A (&x)[kDepth][kPitch], const A (&y)[kDepth][kPitch],
+                                                         Accumulators& acc) {
+    const int at = threadIdx.x % 32 / 4, depth = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 4) {
+      A u[kSide], v[kSide / 2];
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) u[i] = x[k + depth][warp_row() + i * 8 + at];
+#pragma unroll
+      for (int j = 0; j < kSide / 2; ++j) v[j] = y[k + depth][warp_column() + j * 8 + at];
+      mma_tiles<kSide, kSide / 2>(acc, u, v);
     }
   }
 

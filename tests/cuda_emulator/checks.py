@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .emulation import Case, EmulationError, Emulator
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FORMATS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -18,6 +19,7 @@ class Check:
     output: int  # which buffer
     want: torch.Tensor  # float64
     bound: torch.Tensor  # of the absolute error, element by element
+    scale: torch.Tensor  # what an error of the factors is relative to, element by element
     exact: torch.Tensor | None = None  # a permutation of the flat output that must not change a bit of it (a symmetry)
 
     def verify(self, buffers: list[torch.Tensor]) -> None:
@@ -37,7 +39,7 @@ class Check:
             assert torch.equal(flat, flat[self.exact]), f"{self}: not symmetric to the bit"
 
     def __str__(self) -> str:
-        return f"{self.case.operator} {self.case.dtype} {self.case.integers}"
+        return f"{self.case.operator} {self.case.format} {self.case.integers}"
 
 
 def verify_all(emulator: Emulator, checks: list[Check], **options: object) -> None:
@@ -54,16 +56,31 @@ def fails(emulator: Emulator, checks: list[Check], **options: object) -> str:
     return ""
 
 
-def error_bound(
-    dtype: torch.dtype, want: torch.Tensor, rms: torch.Tensor, terms: int, split: bool = False
-) -> torch.Tensor:
-    """Of a sum of `terms` products. `rms`: root of the sum of the products' squares, which partial sums of terms of
-    random sign grow to; they are rounded in float32 (float64), in an order that we do not know. `split`: each factor
-    is rounded to 16 bits. At the end the result is rounded to its format, where half may underflow."""
+def bounded(
+    case: Case,
+    output: int,
+    want: torch.Tensor,
+    rms: torch.Tensor,
+    terms: int,
+    split: bool = False,
+    exact: torch.Tensor | None = None,
+) -> Check:
+    """The check of a case whose results are sums of `terms` products. `rms`: root of the sum of the products' squares,
+    which partial sums of terms of random sign grow to; they are rounded in float32 (float64), in an order that we do
+    not know. `split`: each factor of a bfloat16 or half product is rounded to 16 bits. At the end the result is rounded
+    to its format, where half may underflow."""
+    dtype = case.buffers[output].dtype
+    split = split and dtype in (torch.bfloat16, torch.float16)
     unit = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
     scale = rms + want.abs()
     tiny = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}.get(dtype, 0.0)
-    return scale * (unit * (4 * terms**0.5 + 8) + (2.0**-15 if split else 0)) + want.abs() * UNIT[dtype] + tiny
+    bound = scale * (unit * (4 * terms**0.5 + 8) + (2.0**-15 if split else 0)) + want.abs() * UNIT[dtype] + tiny
+    return Check(case, output, want, bound, scale, exact)
+
+
+def in_tf32(check: Check) -> Check:
+    """The same case in TF32: each factor of a product is rounded to 11 bits."""
+    return replace(check, case=replace(check.case, format="tf32"), bound=check.bound + check.scale * 2.0**-9)
 
 
 def storage(tensor: torch.Tensor) -> torch.Tensor:

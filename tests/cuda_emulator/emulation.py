@@ -30,10 +30,11 @@ VARIANTS = {
     "tsan": ["-O1", "-fsanitize=thread"],
 }
 TYPES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "__nv_bfloat16",
-    torch.float16: "__half",
+    "float32": "float",
+    "float64": "double",
+    "bfloat16": "__nv_bfloat16",
+    "float16": "__half",
+    "tf32": "torch_curvature::cuda::Tf32",  # float32, multiplied in TF32
 }
 # A failed case ends the process at once, with the sanitizer's report on stderr.
 SANITIZER_ENVIRONMENT = {
@@ -52,7 +53,7 @@ class Case:
     """One launch: `integers` as cases/<op>.cpp documents them, `buffers` as raw storage in the order given there."""
 
     operator: str
-    dtype: torch.dtype
+    format: str
     integers: list[int]
     buffers: list[torch.Tensor]  # one-dimensional and contiguous; outputs are given filled with what must not survive
     shift: list[int] = field(default_factory=list)  # bytes off alignment, per buffer
@@ -65,7 +66,7 @@ class Case:
         def text(s: str) -> bytes:
             return struct.pack("<q", len(s)) + s.encode()
 
-        head = text(self.operator) + text(str(self.dtype).removeprefix("torch."))
+        head = text(self.operator) + text(self.format)
         head += struct.pack(f"<q{len(self.integers)}q", len(self.integers), *self.integers)
         head += struct.pack("<qq", self.first_block, len(self.buffers))
         parts = [head]
@@ -88,22 +89,22 @@ def unavailable() -> str | None:
 
 
 class Emulator:
-    """One driver: of all operators and dtypes by default; of one operator and dtype, and of kernels elsewhere, for
+    """One driver: of all operators and formats by default; of one operator and format, and of kernels elsewhere, for
     mutants."""
 
     def __init__(
         self,
         variant: str = "plain",
         operator: str | None = None,
-        dtype: torch.dtype | None = None,
+        format: str | None = None,
         kernels: Path = KERNELS,
     ):
         self.variant = variant
         names = sorted(p.stem for p in (HERE / "cases").glob("*.cpp")) if operator is None else [operator]
         flags = [*COMMON, *VARIANTS[variant], f"-I{HERE / 'emulator'}"]
         own = [*flags, "-DTORCH_CURVATURE_EMULATOR", f"-I{kernels}"]
-        if dtype is not None:
-            own.append(f"-DEMULATOR_ONLY_TYPE={TYPES[dtype]}")
+        if format is not None:
+            own.append(f"-DEMULATOR_ONLY_TYPE={TYPES[format]}")
         sources = [(HERE / "cases" / f"{name}.cpp", own) for name in names]
         self.program = build([*sources, *((HERE / "emulator" / f, flags) for f in ("engine.cpp", "driver.cpp"))])
 
@@ -122,7 +123,7 @@ class Emulator:
 def decode(cases: list[Case], done: subprocess.CompletedProcess[bytes]) -> list[list[torch.Tensor]]:
     results, at, data = [], 0, done.stdout
     for number, case in enumerate(cases):
-        what = f"case {number}: {case.operator} {case.dtype} {case.integers}"
+        what = f"case {number}: {case.operator} {case.format} {case.integers}"
         if at + 8 > len(data):
             raise EmulationError(
                 f"{what}\n{done.stderr.decode(errors='replace')[-6000:]}\nexit status {done.returncode}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import Check, error_bound, poisoned, randn, storage
+from .checks import FORMATS, Check, bounded, poisoned, randn, storage
 from .emulation import Case
 
 
@@ -36,19 +36,18 @@ def layer(g: torch.Generator, V: int, N: int, S: int, O: int, I: int, dtype: tor
     return Layer(randn(g, V, N, S, O + pad, dtype=dtype)[..., :O], randn(g, N, S, I + pad, dtype=dtype)[..., :I])
 
 
-def is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 def norms_check(x: Layer) -> Check:
     dtype = x.g.dtype
     want = x.jacobian.square().sum(2)
     # J is off by at most its own rounding, twice; what is left is a sum of squares.
     slack = (x.squares.sum(2) * x.jacobian.square().sum(2)).sqrt() + x.squares.sum(2)
     terms = x.g.shape[2] + x.g.shape[3] * x.a.shape[2]
-    bound = error_bound(dtype, want, slack, terms)
-    case = Case("jacobian_norms", dtype, x.integers, [storage(x.g), storage(x.a), poisoned(want.numel(), dtype)])
-    return Check(case, 2, want, bound)
+    buffers = [storage(x.g), storage(x.a), poisoned(want.numel(), dtype)]
+    return bounded(Case("jacobian_norms", FORMATS[dtype], x.integers, buffers), 2, want, slack, terms)
+
+
+def mirrored(want: torch.Tensor) -> torch.Tensor:
+    return torch.arange(want.numel()).reshape(want.shape).mT.flatten()
 
 
 def gram_check(x: Layer, y: Layer | None, add: bool, generator: torch.Generator) -> Check:
@@ -63,11 +62,9 @@ def gram_check(x: Layer, y: Layer | None, add: bool, generator: torch.Generator)
         start = (start + start.T).flatten() if y is None else start.flatten()
         want, slack = want + start.double().reshape(want.shape), slack + start.double().reshape(want.shape).abs()
     terms = x.g.shape[2] * right.g.shape[2] + x.g.shape[3] * x.a.shape[2]
-    bound = error_bound(dtype, want, slack, terms, split=is_half(dtype))
     buffers = [storage(x.g), storage(x.a), storage(right.g), storage(right.a), start]
-    case = Case("jacobian_gram", dtype, [*x.integers, *right.integers, int(y is None), int(add)], buffers)
-    index = torch.arange(want.numel()).reshape(want.shape)
-    return Check(case, 4, want, bound, index.mT.flatten() if y is None else None)
+    case = Case("jacobian_gram", FORMATS[dtype], [*x.integers, *right.integers, int(y is None), int(add)], buffers)
+    return bounded(case, 4, want, slack, terms, split=True, exact=mirrored(want) if y is None else None)
 
 
 def draw_signs(g: torch.Generator, x: Layer) -> torch.Tensor:
@@ -81,12 +78,10 @@ def block_check(x: Layer, sign: torch.Tensor | None) -> Check:
     root = x.squares.sqrt().flatten(0, 1) + J.abs()
     slack = (root.square().T @ root.square()).sqrt()
     V, N, S = x.g.shape[:3]
-    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
     buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
-    case = Case(
-        "gauss_newton_block", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
-    )
-    return Check(case, 3, want, bound, torch.arange(want.numel()).reshape(want.shape).mT.flatten())
+    buffers.append(poisoned(want.numel(), dtype))
+    case = Case("gauss_newton_block", FORMATS[dtype], [*x.integers, int(sign is not None)], buffers)
+    return bounded(case, 3, want, slack, V * N + S, split=True, exact=mirrored(want))
 
 
 def diagonal_check(x: Layer, sign: torch.Tensor | None) -> Check:
@@ -96,9 +91,7 @@ def diagonal_check(x: Layer, sign: torch.Tensor | None) -> Check:
     root = x.squares.sqrt() + J.abs()
     slack = root.pow(4).sum((0, 1)).sqrt()
     V, N, S = x.g.shape[:3]
-    bound = error_bound(dtype, want, slack, V * N + S, split=is_half(dtype))
     buffers = [storage(x.g), storage(x.a), poisoned(1, dtype) if sign is None else sign.flatten()]
-    case = Case(
-        "gauss_newton_diagonal", dtype, [*x.integers, int(sign is not None)], [*buffers, poisoned(want.numel(), dtype)]
-    )
-    return Check(case, 3, want, bound)
+    buffers.append(poisoned(want.numel(), dtype))
+    case = Case("gauss_newton_diagonal", FORMATS[dtype], [*x.integers, int(sign is not None)], buffers)
+    return bounded(case, 3, want, slack, V * N + S, split=True)

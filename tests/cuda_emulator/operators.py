@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .checks import DTYPES, Check, error_bound, poisoned, randn, storage
+from .blocks import curvature_block
+from .checks import DTYPES, FORMATS, Check, bounded, in_tf32, poisoned, randn, storage
 from .emulation import Case
-from .jacobians import Layer, block_check, diagonal_check, draw_signs, gram_check, layer, norms_check
+from .jacobians import Layer, block_check, diagonal_check, draw_signs, gram_check, layer, mirrored, norms_check
 
 
 def outer_check(u: torch.Tensor, v: torch.Tensor, batch: int, shift: tuple[int, int, int] = (0, 0, 0)) -> Check:
@@ -19,12 +20,8 @@ def outer_check(u: torch.Tensor, v: torch.Tensor, batch: int, shift: tuple[int, 
     want = u.double().expand(batch, m)[:, :, None] * v.double().expand(batch, n)[:, None, :]
     out = poisoned(want.numel(), dtype)
     bytes_off = [s * u.element_size() for s in shift]
-    return Check(
-        Case("outer", dtype, numbers, [storage(u), storage(v), out], bytes_off),
-        2,
-        want,
-        error_bound(dtype, want, want.abs(), 1),
-    )
+    case = Case("outer", FORMATS[dtype], numbers, [storage(u), storage(v), out], bytes_off)
+    return bounded(case, 2, want, want.abs(), 1)
 
 
 def outer(g: torch.Generator, quick: bool) -> Iterator[Check]:
@@ -58,14 +55,10 @@ def frobenius_check(x: torch.Tensor, y: torch.Tensor, batch: int, shift: tuple[i
         numbers += [z.stride(0) if z.shape[0] > 1 else 0, z.stride(1), z.stride(2)]
     products = (x.double() * y.double()).expand(batch, m, n).flatten(1)
     want = products.sum(1)
-    bound = error_bound(dtype, want, products.square().sum(1).sqrt(), m * n)
     bytes_off = [s * x.element_size() for s in shift]
-    return Check(
-        Case("frobenius_inner", dtype, numbers, [storage(x), storage(y), poisoned(batch, dtype)], [*bytes_off, 0]),
-        2,
-        want,
-        bound,
-    )
+    buffers = [storage(x), storage(y), poisoned(batch, dtype)]
+    case = Case("frobenius_inner", FORMATS[dtype], numbers, buffers, [*bytes_off, 0])
+    return bounded(case, 2, want, products.square().sum(1).sqrt(), m * n)
 
 
 def frobenius_inner(g: torch.Generator, quick: bool) -> Iterator[Check]:
@@ -108,12 +101,9 @@ def kronecker_check(b: torch.Tensor, a: torch.Tensor, a2: torch.Tensor | None, s
     wide = [z.double().expand(batch, *z.shape[1:]) for z in (b, a, right)]
     want = torch.einsum("bnop,bni,bnj->boipj", *wide).reshape(batch, O * I, O2 * I2)
     squares = torch.einsum("bnop,bni,bnj->boipj", *[z.square() for z in wide]).reshape(want.shape)
-    bound = error_bound(dtype, want, squares.sqrt(), N, split=dtype in (torch.bfloat16, torch.float16))
-    case = Case(
-        "kronecker_sum", dtype, numbers, [storage(b), storage(a), storage(right), poisoned(want.numel(), dtype)]
-    )
-    index = torch.arange(want.numel()).reshape(want.shape)
-    return Check(case, 3, want, bound, index.mT.flatten() if symmetric else None)
+    buffers = [storage(b), storage(a), storage(right), poisoned(want.numel(), dtype)]
+    case = Case("kronecker_sum", FORMATS[dtype], numbers, buffers)
+    return bounded(case, 3, want, squares.sqrt(), N, split=True, exact=mirrored(want) if symmetric else None)
 
 
 def kronecker_sum(g: torch.Generator, quick: bool) -> Iterator[Check]:
@@ -223,13 +213,18 @@ GENERATORS = {
         outer,
         frobenius_inner,
         kronecker_sum,
+        curvature_block,
         jacobian_norms,
         jacobian_gram,
         gauss_newton_block,
         gauss_newton_diagonal,
     )
 }
+PRODUCTS = [name for name in GENERATORS if name not in ("outer", "frobenius_inner")]  # TF32 is for these
 
 
 def cases(operator: str, seed: int = 0, quick: bool = True) -> list[Check]:
-    return list(GENERATORS[operator](torch.Generator().manual_seed(seed), quick))
+    checks = list(GENERATORS[operator](torch.Generator().manual_seed(seed), quick))
+    if operator in PRODUCTS:
+        checks += [in_tf32(check) for check in checks if check.case.format == "float32"]
+    return checks

@@ -19,11 +19,11 @@ RUNS = {
 }
 
 
-def marked(number: int, mutant: Mutant) -> object:
-    return pytest.param(mutant, id=mutant.name, marks=[] if number in FAST else pytest.mark.full)
+def marked(mutant: Mutant) -> object:
+    return pytest.param(mutant, id=mutant.name, marks=[] if mutant.name in FAST else pytest.mark.full)
 
 
-@pytest.mark.parametrize("mutant", [marked(i, m) for i, m in enumerate(MUTANTS)])
+@pytest.mark.parametrize("mutant", [marked(m) for m in MUTANTS])
 def test_a_seeded_fault_is_caught(emulator, mutant):
     folder = CACHE / "mutant"
     shutil.rmtree(folder, ignore_errors=True)
@@ -31,6 +31,6 @@ def test_a_seeded_fault_is_caught(emulator, mutant):
     source = folder / mutant.file
     source.write_text(mutant.apply(source.read_text()))
     variant, runs = RUNS[mutant.caught_by]
-    checks = [c for c in operators.cases(mutant.operator, seed=7) if c.case.dtype == mutant.dtype]
-    driver = Emulator(variant, mutant.operator, mutant.dtype, folder)
+    checks = [c for c in operators.cases(mutant.operator, seed=7) if c.case.format == mutant.format]
+    driver = Emulator(variant, mutant.operator, mutant.format, folder)
     assert any(fails(driver, checks, **options) for options in runs), "nothing noticed"

@@ -2,6 +2,12 @@
 
 Each is differentiable to any order in every mode of torch, but for ``curvature_block``, which writes into a given
 matrix; float32, float64, bfloat16 and float16 with at least float32 accumulation; any strides.
+
+Products of float32 are true float32 products, unless the user lets torch take them in TF32 on CUDA
+(``torch.backends.cuda.matmul.fp32_precision = "tf32"``, ``allow_tf32``, ``torch.set_float32_matmul_precision``).
+On CUDA, where an input is infinite or NaN, so are the results that it enters, and no others. Which of the two they are
+may differ from the formula: sums over positions by positions may meet infinity less infinity, and bfloat16 and float16
+products, whose factors are split in two parts, give NaN for infinity.
 """
 
 from .curvature_block import Places, curvature_block

@@ -11,7 +11,7 @@ from .kronecker_sum import kronecker_sum
 from .routing import check_not_differentiated, check_tensors
 
 _kernel = torch.ops.torch_curvature.curvature_block.default
-KERNELS = ("cpu",)  # kinds of device that have one
+KERNELS = ("cpu", "cuda")  # kinds of device that have one
 
 
 @dataclass(frozen=True, slots=True)

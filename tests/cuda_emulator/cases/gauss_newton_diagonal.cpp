@@ -4,7 +4,7 @@
 
 // integers: a Jacobian, whether there are signs; buffers: g a sign out
 static cuda_emulator::Register gauss_newton_diagonal("gauss_newton_diagonal", [](const cuda_emulator::Case& c) {
-  dispatch(c, [&](auto* type) {
+  dispatch_products(c, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using namespace torch_curvature::cuda;
     const auto j = jacobian<T>(c, 0, 1);

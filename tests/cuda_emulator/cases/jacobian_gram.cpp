@@ -3,7 +3,7 @@
 
 // integers: a Jacobian, another (the same where symmetric), symmetric, add; buffers: g a g2 a2 out
 static cuda_emulator::Register jacobian_gram("jacobian_gram", [](const cuda_emulator::Case& c) {
-  dispatch(c, [&](auto* type) {
+  dispatch_products(c, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using namespace torch_curvature::cuda;
     const bool symmetric = c[20];

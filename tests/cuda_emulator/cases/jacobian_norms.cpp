@@ -4,7 +4,7 @@
 
 // integers: a Jacobian; buffers: g a out
 static cuda_emulator::Register jacobian_norms("jacobian_norms", [](const cuda_emulator::Case& c) {
-  dispatch(c, [&](auto* type) {
+  dispatch_products(c, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using namespace torch_curvature::cuda;
     const auto j = jacobian<T>(c, 0, 1);

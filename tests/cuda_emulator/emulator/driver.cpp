@@ -57,7 +57,7 @@ bool run_one() {
   const std::string name = read_text();
   if (name.empty()) return false;
   Case c;
-  c.dtype = read_text();
+  c.format = read_text();
   c.integers.resize(read_integer());
   for (int64_t& x : c.integers) x = read_integer();
   Engine::get().options.first_block = read_integer();

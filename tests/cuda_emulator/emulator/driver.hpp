@@ -1,5 +1,5 @@
-// A case of the driver: an operator's name, its dtype, integers (sizes and strides), and buffers. Each cases/<op>.cpp
-// adds the function that turns a case into a call of launch_<op>().
+// A case of the driver: an operator's name, the format of its numbers, integers (sizes and strides), and buffers. Each
+// cases/<op>.cpp adds the function that turns a case into a call of launch_<op>().
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -10,6 +10,10 @@
 
 #include "cuda_emulator.hpp"
 
+namespace torch_curvature::cuda {
+struct Tf32;
+}
+
 namespace cuda_emulator {
 
 struct Buffer {
@@ -18,7 +22,7 @@ struct Buffer {
 };
 
 struct Case {
-  std::string dtype;
+  std::string format;
   std::vector<int64_t> integers;
   std::vector<Buffer> buffers;
 
@@ -45,11 +49,19 @@ void dispatch(const Case& c, F f) {
   (void)c;
   f(static_cast<EMULATOR_ONLY_TYPE*>(nullptr));
 #else
-  if (c.dtype == "float32") f(static_cast<float*>(nullptr));
-  else if (c.dtype == "float64") f(static_cast<double*>(nullptr));
-  else if (c.dtype == "bfloat16") f(static_cast<__nv_bfloat16*>(nullptr));
-  else if (c.dtype == "float16") f(static_cast<__half*>(nullptr));
-  else throw std::runtime_error("unknown dtype " + c.dtype);
+  if (c.format == "float32") f(static_cast<float*>(nullptr));
+  else if (c.format == "float64") f(static_cast<double*>(nullptr));
+  else if (c.format == "bfloat16") f(static_cast<__nv_bfloat16*>(nullptr));
+  else if (c.format == "float16") f(static_cast<__half*>(nullptr));
+  else throw std::runtime_error("unknown format " + c.format);
 #endif
+}
+// For operators that multiply matrices: also float32 multiplied in TF32.
+template <class F>
+void dispatch_products(const Case& c, F f) {
+#ifndef EMULATOR_ONLY_TYPE
+  if (c.format == "tf32") return f(static_cast<torch_curvature::cuda::Tf32*>(nullptr));
+#endif
+  dispatch(c, f);
 }
 }  // namespace cuda_emulator

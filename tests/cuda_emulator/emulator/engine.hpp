@@ -41,6 +41,7 @@ struct Copy {
   unsigned bytes, group;
 };
 
+constexpr int kSlotBytes = 128;  // what a lane gives to its warp at once
 constexpr int kMaxThreads = 1024, kMaxCopies = 256, kMaxShared = 16;
 constexpr size_t kSharedBytes = 48 * 1024;       // what a kernel may declare statically on any architecture
 constexpr size_t kStackBytes = 64 * 1024 + 192;  // an odd stride: equal ones would share cache sets
@@ -59,7 +60,7 @@ struct Lane {
   void* asan = nullptr;
 };
 struct Warp {
-  alignas(16) unsigned char slot[2][32][64];
+  alignas(16) unsigned char slot[2][32][kSlotBytes];
   unsigned waiting, exited, ready;  // masks of lanes
   int rank;                         // in the order of scheduling
   char sync[2];                     // what ThreadSanitizer orders lanes by, by parity of the block
@@ -83,7 +84,8 @@ class Engine {
   // Called by the running thread.
   [[noreturn]] void fail(const std::string& message);
   void block_barrier(unsigned line);
-  unsigned char (*exchange(unsigned mask, const void* data, size_t bytes, const char* operation, unsigned line))[64];
+  unsigned char (*exchange(unsigned mask, const void* data, size_t bytes, const char* operation,
+                           unsigned line))[kSlotBytes];
   unsigned char* shared_memory(const void* key, size_t bytes);
   Lane& current() { return lanes_[current_]; }
   int lane() const { return current_ % 32; }

@@ -11,14 +11,6 @@ inline void land(const Copy& c) {
   else std::memset(c.to, 0, 16);
 }
 
-// Which element of its matrix a lane holds in register r, half h (h: 0 low, 1 high; the accumulators have one per
-// register).
-struct Element {
-  int row, column;
-};
-constexpr Element fragment_a(int lane, int r, int h) { return {lane / 4 + r % 2 * 8, lane % 4 * 2 + h + r / 2 * 8}; }
-constexpr Element fragment_b(int lane, int r, int h) { return {lane % 4 * 2 + h + r * 8, lane / 4}; }
-constexpr Element fragment_c(int lane, int r) { return {lane / 4 + r / 2 * 8, lane % 4 * 2 + r % 2}; }
 }  // namespace cuda_emulator
 
 namespace torch_curvature::cuda {
@@ -63,30 +55,82 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, Here at = Here::current()) {
   }
 }
 
+inline uint32_t round_to_tf32(float x) {
+  const uint32_t u = cuda_emulator::bits<uint32_t>(x);
+  if ((u & 0x7f800000u) == 0x7f800000u) return u;  // infinity, NaN
+  return (u + 0x1000u) & ~0x1fffu;  // 13 bits are dropped; half of the last kept one rounds away from zero
+}
+
+// How a format's fragments hold the 32 bytes of a row of a and of a column of b: kDepth elements, of which element k
+// lies in 32-bit register (k / kHalf) of lane (k % kHalf) / kPacked of the row's four lanes, kPacked to a register.
 namespace twin {
-inline float value(__nv_bfloat16*, uint16_t raw) { return __bfloat162float({raw}); }
-inline float value(__half*, uint16_t raw) { return __half2float({raw}); }
+template <class T>
+struct Format {
+  static constexpr int kDepth = 16, kHalf = 8, kPacked = 2;
+  static float value(uint32_t held, int k) {
+    const auto raw = uint16_t(held >> 16 * (k % 2));
+    if constexpr (std::is_same_v<T, __half>) return __half2float({raw});
+    else return __bfloat162float({raw});
+  }
+};
+template <>
+struct Format<Tf32> {
+  static constexpr int kDepth = 8, kHalf = 4, kPacked = 1;
+  static float value(uint32_t held, int) { return cuda_emulator::bits<float>(held & ~0x1fffu); }  // the rest is ignored
+};
+
+// The values of a row (column) whose lanes start at `lane`; first: the register that holds its element 0, and `step`
+// registers on the one that holds element kHalf.
+template <class T>
+void gather(float (&to)[16], unsigned char (*slots)[cuda_emulator::kSlotBytes], int lane, int first, int step) {
+  using F = Format<T>;
+  for (int k = 0; k < F::kDepth; ++k) {
+    uint32_t held;
+    std::memcpy(&held, slots[lane + k % F::kHalf / F::kPacked] + (first + k / F::kHalf * step) * 4, 4);
+    to[k] = F::value(held, k);
+  }
+}
 }  // namespace twin
 
-// d += a b. Every lane gathers the fragments of all, unfolds them into matrices, and computes its own four elements.
-template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Here at = Here::current()) {
+// Every lane gathers the rows and columns of its own elements from the fragments of all: rows lane / 4 and 8 more of
+// each block, in registers r and r + 2 of it; columns 2 (lane % 4) and the next.
+template <class T, int Rows, int Columns>
+void mma_tiles(float (&d)[Rows][Columns][4], const uint32_t (&a)[Rows][4], const uint32_t (&b)[Columns / 2][4],
+               Here at = Here::current()) {
   Engine& e = Engine::get();
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  uint32_t mine[Rows * 4 + Columns * 2];
+  std::memcpy(mine, a, sizeof a);
+  std::memcpy(mine + Rows * 4, b, sizeof b);
   auto* slots = e.exchange(~0u, mine, sizeof mine, "mma", at.line());
-  const int me = e.lane();
-  for (int r = 0; r < 4; ++r) {
-    const auto [row, column] = cuda_emulator::fragment_c(me, r);
-    float sum = 0;
-    for (int lane = row % 8 * 4, k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2;  // the lane of its group of four, for a and b alike
-      uint32_t x, y;
-      std::memcpy(&x, slots[lane + holder] + (row / 8 + k / 8 * 2) * 4, 4);
-      std::memcpy(&y, slots[column * 4 + holder] + (4 + k / 8) * 4, 4);
-      sum += twin::value(static_cast<T*>(nullptr), uint16_t(x >> 16 * (k & 1))) *
-             twin::value(static_cast<T*>(nullptr), uint16_t(y >> 16 * (k & 1)));
+  const int lane = e.lane();
+  float rows[Rows * 2][16], columns[Columns * 2][16];
+  for (int i = 0; i < Rows * 2; ++i) twin::gather<T>(rows[i], slots, lane / 4 * 4, i / 2 * 4 + i % 2, 2);
+  for (int j = 0; j < Columns * 2; ++j)
+    twin::gather<T>(columns[j], slots, (lane % 4 * 2 + j % 2) * 4, Rows * 4 + j / 2 * 2, 1);
+  for (int i = 0; i < Rows * 2; ++i)
+    for (int j = 0; j < Columns * 2; ++j) {
+      float sum = 0;
+      for (int k = 0; k < twin::Format<T>::kDepth; ++k) sum += rows[i][k] * columns[j][k];
+      d[i / 2][j / 2][i % 2 * 2 + j % 2] += sum;
     }
-    d[r] += sum;
+}
+
+// Lane 4 i + k holds element (i, k) of a and (k, i) of b; lane 4 i + k the results (i, 2 k) and (i, 2 k + 1).
+template <int Rows, int Columns>
+void mma_tiles(double (&d)[Rows][2 * Columns], const double (&a)[Rows], const double (&b)[Columns],
+               Here at = Here::current()) {
+  Engine& e = Engine::get();
+  double mine[Rows + Columns];
+  std::memcpy(mine, a, sizeof a);
+  std::memcpy(mine + Rows, b, sizeof b);
+  auto* slots = e.exchange(~0u, mine, sizeof mine, "mma", at.line());
+  const int row = e.lane() / 4, column = e.lane() % 4 * 2;
+  for (int k = 0; k < 4; ++k) {
+    double x[Rows], y[2 * Columns];
+    std::memcpy(x, slots[row * 4 + k], sizeof x);
+    for (int j = 0; j < 2 * Columns; ++j) std::memcpy(&y[j], slots[(column + j % 2) * 4 + k] + (Rows + j / 2) * 8, 8);
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < 2 * Columns; ++j) d[i][j] += x[i] * y[j];
   }
 }
 }  // namespace torch_curvature::cuda
