@@ -107,7 +107,7 @@ class SecondOrder(SecondPasses):
         for start in range(0, width, step):
             stop = min(width, start + step)
             unit = torch.zeros(stop - start, 1, width, dtype=attached.dtype, device=attached.device)
-            unit[torch.arange(stop - start), 0, torch.arange(start, stop)] = 1
+            unit[:, 0].diagonal(start).fill_(1)
             seeds = unit.expand(-1, N, -1).reshape(stop - start, *arranged.shape)
             for e, d in zip(edges, self.pull([arranged], [known[e] for e in edges], [seeds])):
                 if d is not None:

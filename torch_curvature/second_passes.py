@@ -175,10 +175,11 @@ class SecondPasses:
             index = next(i for i in plan.layouts if uses[i].edge == edge)
             recorded, N = uses[index], self.captured.samples
             shape, axes = recorded.output_shape, recorded.use.batch_axes
-            flat = torch.arange(shape.numel(), device=self.captured.outputs.device)
+            flat = torch.arange(shape.numel(), device="cpu")  # shapes alone decide: nothing to wait for on a GPU
             rows = flat.view(shape[:axes].numel(), 1, -1)
             arranged = plan.layouts[index].arrange(rows, shape[:axes], N, 0).reshape(N, -1)
-            self._places[edge] = None if torch.equal(arranged.reshape(-1), flat) else arranged
+            whole = torch.equal(arranged.reshape(-1), flat)
+            self._places[edge] = None if whole else arranged.to(self.captured.outputs.device)
         return self._places[edge]
 
     def read(self, edge: int, derivative: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class SecondPasses:
         """Unit vectors [stop - start, *z], the same entry in every sample."""
         N, Z = self.captured.samples, self.width(edge)
         unit = torch.zeros(stop - start, 1, Z, device=self.captured.outputs.device, dtype=self.captured.outputs.dtype)
-        unit[torch.arange(stop - start), 0, torch.arange(start, stop)] = 1
+        unit[:, 0].diagonal(start).fill_(1)
         return self.write(edge, unit.expand(-1, N, -1))
 
     def hessians(self, edge: int, others: Sequence[int], curved: bool) -> dict[int, Tensor]:

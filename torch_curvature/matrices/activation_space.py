@@ -204,7 +204,7 @@ def unit_products(second: SecondOrder, name: str, columns: list[str], curved: bo
     for start in range(0, p.numel(), step):
         stop = min(p.numel(), start + step)
         unit = torch.zeros(stop - start, p.numel(), dtype=p.dtype, device=p.device)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        unit.diagonal(start).fill_(1)
         for column, rows in second.products({name: unit.view(-1, *p.shape)}, columns, curved).items():
             parts[column].append(rows)
     return {n: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for n, pieces in parts.items()}

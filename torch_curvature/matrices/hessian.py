@@ -140,7 +140,7 @@ class SecondOrderMatrix(Matrix):
         step = max(1, self.budget.working_bytes() // (4 * P * self.dtype.itemsize))
         for start in range(0, P, step):
             unit = self.zeros(P, min(step, P - start))
-            unit[torch.arange(start, start + unit.shape[1]), torch.arange(unit.shape[1])] = 1
+            unit.diagonal(-start).fill_(1)
             rows: Tensor = self @ unit
             total = total + rows.square().sum(dtype=torch.float64)
         return total.sqrt().to(self.dtype)

@@ -65,8 +65,8 @@ def _add_products(second: SecondOrder, name: str, total: Tensor) -> None:
     flat = total.view(-1)
     step = second.columns_at_once(p.numel())
     for start in range(0, p.numel(), step):
-        index = torch.arange(start, min(p.numel(), start + step), device=p.device)
-        unit = torch.zeros(len(index), p.numel(), dtype=p.dtype, device=p.device)
-        unit[torch.arange(len(index)), index] = 1
+        stop = min(p.numel(), start + step)
+        unit = torch.zeros(stop - start, p.numel(), dtype=p.dtype, device=p.device)
+        unit.diagonal(start).fill_(1)
         rows = second.products({name: unit.view(-1, *p.shape)}, [name], False)[name]
-        flat[index] += rows[torch.arange(len(index)), index]
+        flat[start:stop] += rows.diagonal(start)
