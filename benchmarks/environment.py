@@ -21,6 +21,8 @@ PEERS = (
     "opacus",
     "hessian-eigenthings",
 )
+MODULES = ("backpack", "curvlinops", "laplace", "nngeometry", "asdl", "opacus", "hessian_eigenthings")
+SKIP = "`python -m benchmarks --no-peers` measures without them."
 
 
 def python_with_peers() -> Path:
@@ -28,19 +30,29 @@ def python_with_peers() -> Path:
     the same torch and 5 GB are not installed twice."""
     python = HOME / "venv" / "bin" / "python"
     ready = HOME / "venv" / ".ready"
+    torch_at = sysconfig.get_path("purelib")
+    if ready.exists() and not os.access(python, os.X_OK):
+        sys.exit(f"{python} does not run any more. Delete {HOME / 'venv'} to set the peers up again; or {SKIP}")
     if not ready.exists():
         print("Setting up the peers (once) in .benchmarks/venv ...", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(HOME / "venv")], check=True)
-        own = subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True, capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
-        Path(own, "torch_of_the_project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        _borrow(python, torch_at)
         done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS, "matplotlib"])
         if done.returncode:
-            sys.exit("The peers could not be installed. `python -m benchmarks --no-peers` measures without them.")
-        ready.touch()
+            sys.exit(f"The peers could not be installed; pip says why above. {SKIP}")
+        ready.write_text(torch_at)
+    elif ready.read_text() not in ("", torch_at):  # another environment's torch than at first: nothing to install
+        _borrow(python, torch_at)
+        ready.write_text(torch_at)
     return python
+
+
+def _borrow(python: Path, torch_at: str) -> None:
+    own = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    Path(own, "torch_of_the_project.pth").write_text(torch_at + "\n")
 
 
 def rerun_with_peers() -> None:

@@ -1,14 +1,16 @@
-"""Ceilings of the machine, interleaved timings, and peak memory."""
+"""Ceilings of the machine, and interleaved timings."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from .memory import back_pages
 
 Run = Callable[[], object]
 
@@ -60,25 +62,67 @@ class Timing:
         return (high - low) / self.median
 
 
-def interleaved(runs: dict[str, Run], clock: Clock, seconds: float, rounds: int) -> dict[str, Timing]:
+LONG = 1.0  # seconds of a call that is not repeated for its own warming up
+PAUSE = 0.5  # seconds after which free memory may have gone back to the host of a virtual machine
+
+
+def interleaved(
+    runs: dict[str, Run],
+    clock: Clock,
+    seconds: float,
+    rounds: int,
+    first: dict[str, float] | None = None,
+    pages: dict[str, float] | None = None,
+) -> dict[str, Timing]:
     """Times all of them in turn, so that what else the machine does meets all alike.
 
-    A contestant drops out of later rounds when it has had ``seconds`` and three timings; ``rounds`` at most.
+    A contestant drops out of later rounds when it has had ``seconds`` and three timings; ``rounds`` at most. ``first``
+    holds the seconds of calls made before: those that take long are warm, and take their timings one after the other
+    before the others, which they would keep waiting. ``pages`` holds the MiB that a call touches: they are there when
+    its timing begins. Garbage is collected between timings, never during one.
     """
+    first, pages = first or {}, pages or {}
     timings = {name: Timing([]) for name in runs}
     spent = dict.fromkeys(runs, 0.0)
-    for name in runs:
-        first = clock(runs[name])  # warm-up, not counted
-        spent[name] = first / 1e3 if first > 1e3 * seconds else 0.0
-    for round_ in range(rounds):
-        for name in list(runs) if round_ % 2 == 0 else list(runs)[::-1]:
-            done = timings[name].milliseconds
-            if len(done) >= 3 and spent[name] > seconds:
-                continue
-            if len(done) >= 1 and spent[name] > 4 * seconds:
-                continue
-            done.append(clock(runs[name]))
-            spent[name] += done[-1] / 1e3
+    last = 0.0  # when any call ended
+
+    def once(name: str) -> float:
+        nonlocal last
+        if clock.device.type == "cpu" and time.perf_counter() - last > PAUSE:
+            back_pages(pages.get(name, 0))
+        milliseconds = clock(runs[name])
+        last = time.perf_counter()
+        return milliseconds
+
+    def time_it(name: str) -> bool:
+        done = timings[name].milliseconds
+        if (len(done) >= 3 and spent[name] > seconds) or (len(done) >= 1 and spent[name] > 4 * seconds):
+            return False
+        done.append(once(name))
+        spent[name] += done[-1] / 1e3
+        return True
+
+    long = [name for name in runs if first.get(name, 0.0) > LONG]
+    short = [name for name in runs if name not in long]
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
+    gc.disable()
+    try:
+        for name in long:
+            for _ in range(rounds):
+                if not time_it(name):
+                    break
+                gc.collect()
+        for name in short:
+            warm = once(name)  # not counted
+            spent[name] = warm / 1e3 if warm > 1e3 * seconds else 0.0
+        for round_ in range(rounds):
+            for name in short if round_ % 2 == 0 else short[::-1]:
+                time_it(name)
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
     return timings
 
 
@@ -96,29 +140,3 @@ def ceilings(device: torch.device, clock: Clock) -> dict[str, float]:
     size = x.numel() * x.element_size()
     work = {"matmul": 2.0 * n**3, "copy": 2.0 * size, "fill": float(size)}
     return {name: work[name] / (t.least * 1e-3) for name, t in timings.items()}
-
-
-def peak_memory(run: Run, device: torch.device) -> float:
-    """MiB that one call adds at its peak; call it in a fresh process (Linux: the high-water mark is reset first)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return float("nan")
-    before_kib = _status("VmRSS")
-    result = run()
-    peak = (_status("VmHWM") - before_kib) / 1024
-    del result
-    return peak
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return float(line.split()[1])
-    return float("nan")

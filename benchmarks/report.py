@@ -43,7 +43,7 @@ def table(entry: dict) -> str:
             lines.append(f"| {label} | {c['check']} | | | | | | |")
             continue
         ratio = f"{c['median_ms'] / mine:.2f}" if mine else ""
-        memory = f"{c['peak_MiB']:.0f}" if "peak_MiB" in c else ""
+        memory = f"{c['peak_MiB']:.0f}" if "peak_MiB" in c else c.get("peak_fails", "")
         lines.append(
             f"| {label} | {c['median_ms']:.3g} | {c['min_ms']:.3g} | {c['spread']:.0%} | {ratio} | "
             f"{c['median_ms'] / floor:.1f} | {memory} | {c['check']} |"
@@ -51,38 +51,60 @@ def table(entry: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+def peaks(ours: dict, peer: dict) -> str:
+    """MiB at the peak, ours and the peer's."""
+    found = [f"{c['peak_MiB']:.0f}" if "peak_MiB" in c else "?" for c in (ours, peer)]
+    return " / ".join(found) if "peak_MiB" in ours else ""
+
+
 def summary(results: dict) -> str:
     """One line for each workload."""
     lines = [
-        "| workload | ours, ms | floor, ms | ours / floor | plain torch, ms | best peer, ms | best peer / ours | aim |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | ours, ms | floor, ms | ours / floor | plain torch, ms | best peer, ms | best peer / ours | aim | "
+        "peak MiB, ours / best peer |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in results["workloads"]:
         ours = entry.get("contestants", {}).get(OURS, {})
         if "median_ms" not in ours:
-            lines.append(f"| {entry['title']} | {ours.get('check', entry.get('error', ''))} | | | | | | |")
+            lines.append(f"| {entry['title']} | {ours.get('check', entry.get('error', ''))} | | | | | | | |")
             continue
         mine, floor = ours["median_ms"], entry["floor_ms"]
         plain = entry["contestants"].get("plain torch", {}).get("median_ms")
         peer = best_peer(entry)
+        memory = peaks(ours, entry["contestants"][peer[0]] if peer else {})
         lines.append(
             f"| {entry['title']} | {mine:.3g} | {floor:.3g} | {mine / floor:.1f} | {f'{plain:.3g}' if plain else ''} | "
             f"{f'{peer[1]:.3g} ({peer[0]})' if peer else 'none is right'} | "
-            f"{f'**{peer[1] / mine:.2f}**' if peer else ''} | {entry['target']} |"
+            f"{f'**{peer[1] / mine:.2f}**' if peer else ''} | {entry['target']} | {memory} |"
         )
     return "\n".join(lines)
 
 
+def machine_line(m: dict) -> str:
+    return (
+        f"{m['processor']}, {m['threads']} threads: matrix product {m['matmul_gflops']:.0f} GFLOP/s, "
+        f"copy {m['copy_GBs']:.1f} GB/s, fill {m['fill_GBs']:.1f} GB/s"
+    )
+
+
+def machine_lines(m: dict) -> str:
+    """Where, when, with what, how busy, and the command that does it again."""
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    before, after = (", ".join(f"{x:.1f}" for x in m.get(k, ())) or "?" for k in ("load_at_start", "load_at_end"))
+    return (
+        f"{m['processor']}, {m.get('cores', '?')} cores, {m['threads']} threads, {m['date']}; in this run a matrix "
+        f"product reached {m['matmul_gflops']:.0f} GFLOP/s, a copy {m['copy_GBs']:.1f} GB/s, a fill "
+        f"{m['fill_GBs']:.1f} GB/s.\n{versions}.\n"
+        f"The run took {m.get('minutes', 0):.0f} minutes; load average (1, 5, 15 minutes) before it {before}, after it "
+        f"{after}; the run itself makes up to {m['threads']}.\n\n    {m['command']}\n"
+    )
+
+
 def document(results: dict) -> str:
     """Machine, summary and all tables, in markdown."""
-    m = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    head = (
-        f"{m['processor']}, {m['threads']} threads, {m['date']}; in this run a matrix product reached "
-        f"{m['matmul_gflops']:.0f} GFLOP/s, a copy {m['copy_GBs']:.1f} GB/s, a fill {m['fill_GBs']:.1f} GB/s.\n"
-        f"{versions}.\n`{m['command']}`\n"
-    )
-    return "\n".join([head, summary(results), "", *(table(entry) for entry in results["workloads"])])
+    tables = (table(entry) for entry in results["workloads"])
+    return "\n".join(["# All contestants\n", machine_lines(results["machine"]), summary(results), "", *tables])
 
 
 def draw(results: dict, path: Path) -> None:

@@ -1,0 +1,193 @@
+"""The benchmark harness finds what is wrong, times what is right, and says clearly what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import environment
+from benchmarks.contest import check
+from benchmarks.counting import count
+from benchmarks.measure import Clock, interleaved
+from benchmarks.memory import back_pages, peak_in_fresh_process, peak_memory
+from benchmarks.operations import operations
+from benchmarks.problems import make
+from benchmarks.workloads import WORKLOADS, Case
+
+CPU = torch.device("cpu")
+
+
+def case_of(**contestants) -> Case:
+    return Case(contestants, lambda: torch.ones(4), 1.0, 1.0)
+
+
+def raises() -> tuple:
+    raise ValueError("what went wrong\nand more")
+
+
+def test_a_contestant_is_right_wrong_or_shown_with_its_message() -> None:
+    case = case_of(
+        right=lambda: (lambda: torch.ones(2, 2), lambda r: r),
+        wrong=lambda: (lambda: torch.ones(4) * 1.01, lambda r: r),
+        nan=lambda: (lambda: torch.full((4,), float("nan")), lambda r: r),
+        short=lambda: (lambda: torch.ones(3), lambda r: r),
+        fails=raises,
+    )
+    reference = torch.ones(4, dtype=torch.float64)
+    run, message, seconds = check(case, "right", reference)
+    assert run is not None
+    assert message == "0e+00"
+    assert seconds > 0
+    for label, expected in {
+        "wrong": "wrong: relative error 1.0e-02",
+        "nan": "wrong: relative error nan",
+        "short": "wrong shape: 3 entries for 4",
+        "fails": "fails: ValueError: what went wrong (test_contest.py:",
+    }.items():
+        run, message, _ = check(case, label, reference)
+        assert run is None
+        assert message.startswith(expected), message
+
+
+def test_turns_are_taken_and_garbage_is_left_for_later() -> None:
+    import gc
+
+    calls = []
+
+    def contestant(name: str, seconds: float):
+        def run() -> None:
+            assert not gc.isenabled()
+            calls.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    runs = {"a": contestant("a", 0.0), "slow": contestant("slow", 0.02), "b": contestant("b", 0.0)}
+    timings = interleaved(runs, Clock(CPU), 0.03, 4, first={"slow": 2.0})
+    assert gc.isenabled()
+    assert calls[:3] == ["slow"] * 3  # it has been called before: no warm-up, and it keeps nobody waiting
+    assert calls[3:5] == ["a", "b"]
+    assert calls[5:] == ["a", "b", "b", "a"] * 2
+    assert {name: len(t.milliseconds) for name, t in timings.items()} == {"a": 4, "slow": 3, "b": 4}
+    assert timings["slow"].least >= 20
+
+
+def test_garbage_is_collected_again_after_a_contestant_that_raises() -> None:
+    import gc
+
+    with pytest.raises(ValueError, match="what went wrong"):
+        interleaved({"a": raises}, Clock(CPU), 1.0, 2)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_operators_are_counted_forward_and_backward() -> None:
+    a = torch.randn(3, 3, requires_grad=True)
+    assert operations(lambda: a.T.unsqueeze(0)[0].detach()) == 0
+    assert operations(lambda: a @ a + 1) == 2
+    # forward: mm, add, sum; backward: ones_like, two products, one sum of the two
+    assert operations(lambda: torch.autograd.grad((a @ a.mT + 1).sum(), a)) == 7
+
+
+def test_counted_flops_of_a_perceptron() -> None:
+    p = make("mlp64", 8, CPU)  # 64-64-32-10 with biases in `a`
+    layers = [(64, 64), (32, 64), (10, 32)]
+    forward = sum(2.0 * 8 * O * I for O, I in layers)
+    backward = sum(2.0 * 8 * O * I for O, I in layers[1:])
+    flops, moved = count(p, "norms")
+    assert flops == forward + backward + sum(2.0 * 8 * (O + I) for O, I in layers)
+    assert moved == 4 * 8
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_peak_memory_of_a_call_in_a_fresh_process(warm: bool) -> None:
+    result = 1e6 * 3 * 3 * 4 / 2**20  # outer, 1e6 x 3 x 3
+    found = peak_in_fresh_process("outer-3", "torch_curvature", "cpu", 1, warm)
+    if isinstance(found, float) and found != found:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert isinstance(found, float), found
+    assert result - 2 < found < result + 40, found
+
+
+def test_a_temporary_counts_and_a_process_that_fails_says_why() -> None:
+    found = peak_memory(lambda: torch.ones(8 << 20).sum(), CPU, warm=True)
+    assert found != found or 31 < found < 40
+    assert peak_in_fresh_process("outer-3", "nobody", "cpu", 1, True) == "KeyError: 'nobody'"
+
+
+def test_pages_are_touched_and_given_back() -> None:
+    for MiB in (0, 3, 20):
+        back_pages(MiB)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> Path:
+    monkeypatch.setattr(environment, "HOME", tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    command.main()
+    return tmp_path / "results.json"
+
+
+def test_a_run_writes_figures_and_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    arguments = ("--no-peers", "--only", "sums-16-64", "--seconds", "0.01", "--markdown", str(page))
+    results = json.loads(run_command(monkeypatch, tmp_path, *arguments).read_text())
+    (entry,) = results["workloads"]
+    assert set(entry["contestants"]) == {"torch_curvature", "bmm of overlaps", "bmm, materialised"}
+    for contestant in entry["contestants"].values():
+        assert contestant["min_ms"] <= contestant["median_ms"]
+        assert float(contestant["check"]) < 1e-4
+        assert contestant.get("peak_MiB", 0) >= 0
+    assert entry["operations"] == 1
+    assert len(results["machine"]["load_at_start"]) == len(results["machine"]["load_at_end"]) == 3
+    assert "| torch_curvature |" in page.read_text()
+    assert "| torch_curvature |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--no-peers", "--only", "nothing-like-it"), "--only nothing-like-it: no workload has this in its name"),
+        (("--no-peers", "--device", "tpu"), "tpu"),
+        (("--page", "--quick"), "--page holds every workload"),
+        (("--page", "--only", "outer"), "--page holds every workload"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises((SystemExit, RuntimeError)) as stopped:
+        run_command(monkeypatch, tmp_path, *arguments)
+    assert message in str(stopped.value) + capsys.readouterr().err
+
+
+def test_peers_that_are_there_need_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "HOME", tmp_path)
+    folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".ready").write_text("")
+
+    def started(*arguments, **keywords) -> None:
+        raise AssertionError("nothing needs to be started")
+
+    monkeypatch.setattr(environment.subprocess, "run", started)
+    with pytest.raises(SystemExit, match="does not run any more"):
+        environment.python_with_peers()
+    python = folder / "bin" / "python"
+    python.touch(mode=0o755)
+    assert environment.python_with_peers() == python
+
+
+def test_every_workload_has_a_name_and_an_aim_of_its_own() -> None:
+    assert len({w.name for w in WORKLOADS}) == len({w.title for w in WORKLOADS}) == len(WORKLOADS)
+    assert all(float(w.target) > 0 for w in WORKLOADS)
