@@ -73,17 +73,18 @@ def _from_indices(call: Call, target: Tensor, weight: Tensor | None, smoothing: 
     classes, ignored = call.layout.classes, call.arguments["ignore_index"]
     raise_if([*checks, finite, *_weight_checks(call.name, weight)])
     of_target = valid.to(p.dtype) if weight is None else weight[y] * valid
-    smooth = p.new_full((), smoothing) * (p.new_ones(classes) if weight is None else weight) / classes
-    mass = (1 - smoothing) * of_target + smooth.sum() * valid if smoothing else of_target
+    smooth, mass = None, of_target
+    if smoothing:
+        smooth = p.new_full((), smoothing) * (p.new_ones(classes) if weight is None else weight) / classes
+        mass = (1 - smoothing) * of_target + smooth.sum() * valid
 
     def subtract_target(g: Tensor) -> Tensor:
         g.scatter_add_(-1, y.unsqueeze(-1), (-(1 - smoothing) * of_target).unsqueeze(-1))
-        return g - smooth * valid.unsqueeze(-1) if smoothing else g
-
-    # Padding carries no weight: it is given to torch as an ignored target.
-    given = torch.where(valid, y, ignored).reshape(-1)
+        return g if smooth is None else g - smooth * valid.unsqueeze(-1)
 
     def sum_of(logits: Tensor) -> Tensor:
+        # Padding carries no weight: it is given to torch as an ignored target.
+        given = torch.where(valid, y, ignored).reshape(-1)
         return F.cross_entropy(
             logits.reshape(-1, classes), given, weight, ignore_index=ignored, reduction="sum", label_smoothing=smoothing
         )

@@ -49,6 +49,9 @@ class ClosedForm:
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """All arguments but input and target by name, defaults filled in."""
+        defaults = _defaults(self.function)
+        if defaults is not None and given.keys() <= defaults.keys():
+            return defaults | given
         try:
             bound = _signature(self.function).bind(None, None, **given)
         except TypeError as error:
@@ -64,6 +67,15 @@ class ClosedForm:
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     """Asked for with every loss, and slow to find out."""
     return inspect.signature(function)
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Of all arguments after the first two, None where one of them has none; to be copied."""
+    rest = list(_signature(function).parameters.values())[2:]
+    if any(parameter.default is parameter.empty for parameter in rest):
+        return None
+    return {parameter.name: parameter.default for parameter in rest}
 
 
 CLOSED_FORMS = [

@@ -23,14 +23,14 @@ class Slots:
     are zero."""
 
     order: Tensor
+    in_order: bool = False  # every position counts, slot k is position k
 
     @classmethod
     def pack(cls, active: Tensor) -> Slots:
-        """Slots of the positions where `active [N, D]` (one host sync)."""
-        counts = active.sum(dim=1)
-        least, most = torch.stack([counts.min(), counts.max()]).tolist() if active.numel() else (0, 0)
-        if least == active.shape[1]:
-            return cls(torch.arange(most, device=active.device).expand(active.shape))
+        """Slots of the positions where `active [N, D]` (one host sync, two where some do not count)."""
+        if active.shape[0] > 0 and bool(active.all()):
+            return cls(torch.arange(active.shape[1], device=active.device).expand(active.shape), True)
+        most = int(active.sum(dim=1).max()) if active.numel() else 0
         return cls((~active).to(torch.uint8).argsort(dim=1, stable=True)[:, :most])
 
     @property
@@ -39,6 +39,8 @@ class Slots:
 
     def take(self, per_position: Tensor, first: int, last: int) -> Tensor:
         """`[N, D]` or `[N, D, K]` at slots first to last: `[s, N]` or `[s, N, K]`."""
+        if self.in_order:
+            return per_position[:, first:last].transpose(0, 1)
         order = self.order[:, first:last]
         if per_position.dim() == 3:
             order = order.unsqueeze(-1).expand(-1, -1, per_position.shape[-1])

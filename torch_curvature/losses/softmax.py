@@ -72,14 +72,16 @@ class SoftmaxLoss(BoundLoss):
     def _block(self, first: int, last: int, low: int, high: int) -> tuple[Tensor, Tensor | None]:
         """Columns low to high of the closed-form factor, `[s, c, N, K]`."""
         p, mass = self._slots.take(self._p, first, last), self._slots.take(self._mass, first, last)
-        tail = p.flip(-1).cumsum(-1).flip(-1)
-        here, after = tail[..., low:high], tail[..., low + 1 : high + 1]
-        ratio = torch.where(here > 0, p[..., low:high] / here, 0).sqrt() * mass.abs().sqrt().unsqueeze(-1)
-        below = torch.where(after > 0, ratio / after.sqrt(), 0).transpose(1, 2)
+        by_class = p.mT.contiguous()
+        tail = by_class.flip(1).cumsum(1).flip(1)
+        here, after = tail[:, low:high], tail[:, low + 1 : high + 1].sqrt()
+        # nothing is left of a tail that has vanished: 0 / 0 and x / 0 are zero
+        ratio = (by_class[:, low:high] / here).nan_to_num_(0.0).sqrt_().mul_(mass.abs().sqrt_().unsqueeze(1))
+        below = (ratio / after).nan_to_num_(0.0, posinf=0.0).neg_()
         k = torch.arange(p.shape[-1], device=p.device)
-        s = p.unsqueeze(1) * -below.unsqueeze(-1)
+        s = p.unsqueeze(1) * below.unsqueeze(-1)
         s *= (k > k[low:high, None]).unsqueeze(1)
-        s.diagonal(offset=low, dim1=1, dim2=3).copy_(ratio * after.sqrt())
+        s.diagonal(offset=low, dim1=1, dim2=3).copy_(ratio.mul_(after).mT)
         sign = mass.sign().unsqueeze(1).expand(s.shape[:3]) if self._signed else None
         return s, sign
 
