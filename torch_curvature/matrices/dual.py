@@ -17,7 +17,7 @@ def gather(matrix: Any, what: str) -> list[list[Kept]]:
     kept: list[list[Kept]] = []
     for batch in matrix._sweep(what):
         kept.append([])
-        for pieces, sign in batch.pieces():
+        for pieces, sign in batch.pieces(few=False):  # a pair of chunks costs the Jacobians of both again
             factors = dict(pieces)
             V, N = _extent(factors)
             kept[-1].append((V, N, factors, sign))
