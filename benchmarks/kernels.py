@@ -63,10 +63,26 @@ def call(name: str, shape: dict[str, int], dtype: torch.dtype, device: torch.dev
         half, a = draw(N, O, O), draw(N, I)
         b = half + half.mT
         return lambda: tc.ops.kronecker_sum(b, a, symmetric=True)
+    if name == "curvature_block":
+        return _curvature_block(draw, **shape)
     V, N, S, O, I = (shape[k] for k in ("V", "N", "S", "O", "I"))
     g, a = draw(V, N, S, O), draw(N, S, I)
     operator = getattr(tc.ops, name)
     return lambda: operator(g, a)
+
+
+def _curvature_block(
+    draw: Callable[..., Tensor], N: int, O: int, I: int, O2: int | None = None, I2: int | None = None, D: int = 0
+) -> Callable[[], Tensor]:
+    """Of one layer with itself, or the off-diagonal block of two layers' matrix."""
+    a, rows = draw(N, I), tc.ops.Places(0, I, 1)
+    if O2 is None or I2 is None:
+        half = draw(N, O, O)
+        m, out = half + half.mT, draw(O * I, O * I)
+        return lambda: tc.ops.curvature_block(out, m, a, rows=rows)
+    columns, m, a2, P = tc.ops.Places(O * I, I2, 1), draw(N, O, O2), draw(N, I2), O * I + O2 * I2
+    g, d, out = (draw(N, O), draw(N, D, O2), draw(P, P)) if D else (None, None, draw(P, P))
+    return lambda: tc.ops.curvature_block(out, m, a, a2, g=g, d=d, rows=rows, columns=columns)
 
 
 def measured(device: torch.device) -> dict[Case, float]:

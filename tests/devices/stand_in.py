@@ -180,7 +180,7 @@ def _by_mask(args: Any) -> bool:
 def place() -> str:
     """The line of the package that is running, or of the caller."""
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(PACKAGE):
+        if frame.filename.startswith(PACKAGE) and not frame.filename.endswith("/recorder.py"):
             return f"{frame.filename[len(PACKAGE) + 1 :]}:{frame.name}"
     return "the caller"
 
