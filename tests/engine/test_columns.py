@@ -10,7 +10,7 @@ from torch_curvature.matrices import base
 
 
 @pytest.mark.parametrize("columns", [0, 1, 3, 7])
-@pytest.mark.parametrize("what", ["diagonal", "kronecker", "trace"])
+@pytest.mark.parametrize("what", ["diagonal", "kronecker", "trace", "gram"])
 def test_few_columns_at_a_time(what: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.get_default_device().type != "cpu":
         pytest.skip("columns are cut for the CPU's allocator alone")

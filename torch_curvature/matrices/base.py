@@ -41,10 +41,10 @@ class Batch:
     backpropagation: Backpropagation | None
     tangent: Tensor | None
 
-    def pieces(self, few: bool = True) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
-        """As :meth:`chunks`, the factors one after the other: for what takes one parameter at a time."""
+    def pieces(self) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
+        """As :meth:`chunks` of few columns, the factors one after the other: for what takes one parameter at a time."""
         assert self.backpropagation is not None
-        for columns, sign in self._scaled_columns(few):
+        for columns, sign in self._scaled_columns(few=True):
             derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
             yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns, True)), sign
 

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..factors import Factor, inner_products
+from .memory import large_matrix
 
 Kept = tuple[int, int, dict[str, Factor], "Tensor | None"]  # V, N, factors, sign
 
 
-def gather(matrix: Any, what: str) -> list[list[Kept]]:
-    """The factors of all the data: for each batch its chunks of columns."""
-    kept: list[list[Kept]] = []
+def gather(matrix: Any, what: str) -> list[Kept]:
+    """The factors of all the data: for each batch all of its columns together.
+
+    Pairs of chunks of columns would form the Jacobians of each chunk again for every other.
+    """
+    kept = []
     for batch in matrix._sweep(what):
-        kept.append([])
-        for pieces, sign in batch.pieces(few=False):  # a pair of chunks costs the Jacobians of both again
-            factors = dict(pieces)
-            V, N = _extent(factors)
-            kept[-1].append((V, N, factors, sign))
-    return [chunks for chunks in kept if chunks]
+        chunks = [(dict(pieces), sign) for pieces, sign in batch.pieces()]
+        if not chunks:
+            continue
+        signs = [sign for _, sign in chunks]
+        names = list(chunks[0][0])
+        factors = {name: _together([found.pop(name) for found, _ in chunks]) for name in names}
+        V, N = _extent(factors)
+        kept.append((V, N, factors, None if any(sign is None for sign in signs) else torch.cat(signs)))
+    return kept
+
+
+def _together(parts: list[Factor]) -> Factor:
+    """Factors of one parameter joined along the columns, in the memory order that they have."""
+    if len(parts) == 1:
+        return parts[0]
+    gs = [part.g for part in parts]
+    along = gs[0].mT.is_contiguous()  # positions next to one another, as convolutions have them
+    shaped = [g.mT for g in gs] if along else gs
+    total = large_matrix(sum(len(g) for g in gs), shaped[0][0].numel(), gs[0]).view(-1, *shaped[0].shape[1:])
+    torch.cat(shaped, out=total)
+    return replace(parts[0], g=total.mT if along else total)
 
 
 def _extent(factors: dict[str, Factor]) -> tuple[int, int]:
@@ -32,12 +52,12 @@ def _extent(factors: dict[str, Factor]) -> tuple[int, int]:
 def gram_of(matrix: Any, what: str = "gram") -> Tensor:
     """[N V, N V], rows (n, v): samples in the order of the data, columns of a sample together."""
     by_batch = gather(matrix, what)
-    if any(sign is not None for chunks in by_batch for *_, sign in chunks):
+    if any(sign is not None for *_, sign in by_batch):
         raise ValueError(
             f"{matrix.title}.gram(): the loss is not convex in the outputs, so that this matrix is no sum of squares "
             "and has no Gram matrix; use dense(), blocks() or products with @"
         )
-    sizes = [sum(V for V, *_ in chunks) * chunks[0][1] for chunks in by_batch]
+    sizes = [V * N for V, N, *_ in by_batch]
     total = sum(sizes)
     matrix.budget.require(
         total * total,
@@ -50,8 +70,6 @@ def gram_of(matrix: Any, what: str = "gram") -> Tensor:
     for i, left in enumerate(by_batch):
         for j in range(i, len(by_batch)):
             part = between(left, by_batch[j])
-            if i == j and len(left) > 1:  # one chunk of columns with itself is symmetric to the bit already
-                part = symmetrised(part)
             if len(by_batch) == 1:
                 return part.div_(matrix._denominator) if matrix._denominator != 1.0 else part
             out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = part
@@ -60,26 +78,17 @@ def gram_of(matrix: Any, what: str = "gram") -> Tensor:
     return out.div_(matrix._denominator) if matrix._denominator != 1.0 else out
 
 
-def symmetrised(out: Tensor) -> Tensor:
-    return torch.triu(out) + torch.triu(out, 1).T
-
-
-def between(left: list[Kept], right: list[Kept]) -> Tensor:
-    """[N V, N2 V2] of two batches."""
-    rows = []
-    for _, _, factors, _ in left:
-        parts = [inner_products(factors, others) for _, _, others, _ in right]
-        rows.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
-    full = torch.cat(rows, 0) if len(rows) > 1 else rows[0]
+def between(left: Kept, right: Kept) -> Tensor:
+    """[N V, N2 V2] of two batches, symmetric to the bit for one with itself."""
+    full = inner_products(left[2], right[2])
     V, N, V2, N2 = full.shape
     return full.permute(1, 0, 3, 2).reshape(N * V, N2 * V2)
 
 
 def frobenius_from_gram(matrix: Any) -> Tensor:
     """``|sum_i sign_i j_i j_i^T|_F^2 = sum_ik sign_i sign_k (j_i . j_k)^2``, tile by tile."""
-    kept = [chunk for chunks in gather(matrix, "frobenius_norm") for chunk in chunks]
     side = max(1, int((matrix.budget.working_bytes() // (8 * matrix.dtype.itemsize)) ** 0.5))
-    tiles = [tile for chunk in kept for tile in _tiles(chunk, side)]
+    tiles = [tile for kept in gather(matrix, "frobenius_norm") for tile in _tiles(kept, side)]
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for i, (V, N, left, sign) in enumerate(tiles):
         for j in range(i, len(tiles)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..factors import squared_norms
 from ..tangents import pull_back, push_forward
 from .base import Batch, Columns, Matrix
-from .dual import between, gather, symmetrised
+from .dual import between, gather
 from .products import as_vectors, checked_tangent
 
 
@@ -81,8 +81,8 @@ class Jacobian(Matrix):
     def gram(self) -> Tensor:
         """The neural tangent kernel ``K[n, c, m, d] = sum_j J[n,c,j] J[m,d,j]``, [N, C, N, C]."""
         by_batch = gather(self, "gram")
-        C = sum(V for V, *_ in by_batch[0])
-        sizes = [chunks[0][1] * C for chunks in by_batch]
+        C = by_batch[0][0]
+        sizes = [N * C for _, N, *_ in by_batch]
         total = sum(sizes)
         self.budget.require(
             total * total,
@@ -90,18 +90,18 @@ class Jacobian(Matrix):
             f"Jacobian.gram(): {total} x {total},",
             "give less data, or raise memory_budget (GiB)",
         )
-        if len(by_batch) == 1:
-            out = between(by_batch[0], by_batch[0])
-            if len(by_batch[0]) == 1:  # one chunk of columns with itself is symmetric to the bit already
-                return out.view(total // C, C, total // C, C)
-        else:
-            out = self.zeros(total, total)
-            starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-            for i, left in enumerate(by_batch):
-                for j in range(i, len(by_batch)):
-                    out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = between(left, by_batch[j])
         N = total // C
-        return symmetrised(out).view(N, C, N, C)
+        if len(by_batch) == 1:
+            return between(by_batch[0], by_batch[0]).view(N, C, N, C)
+        out = self.zeros(total, total)
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        for i, left in enumerate(by_batch):
+            for j in range(i, len(by_batch)):
+                part = between(left, by_batch[j])
+                out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = part
+                if i != j:
+                    out[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = part.T
+        return out.view(N, C, N, C)
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm over all the data, 0-dim."""
