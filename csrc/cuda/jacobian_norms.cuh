@@ -52,7 +52,7 @@ struct NormsShared {
 
 // partial[(v, n), tile] = sum of the squares of a tile of J[v, n].
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, NormsTile<T>::kBlocks)
+__global__ void __launch_bounds__(kTileThreads)
     norms_tile_kernel(Jacobian<T> j, bool g_vector, bool a_vector, accumulate_t<T>* __restrict__ partial) {
   using Tile = NormsTile<T>;
   auto& s = shared_storage<NormsShared<T>>();

@@ -5,6 +5,10 @@
 // are multiplied; where b is symmetric, only o >= p: a quarter of the flops; every value is written to its mirrored
 // places, so that the result is symmetric to the bit. Both operands are formed on the way to shared memory. Flops: 2 N
 // (pairs of b) (pairs of a). Bytes moved: G written once; b and a are read from cache again by every tile.
+// Of the places of a product half lie along the rows of G, as the threads of a warp do; the other half a row apart, a
+// 32-byte sector each, which the second-level cache collects: P^2 / 2 sectors (G is P x P), which at 64 bytes a cycle
+// and multiprocessor take about as long as writing G to memory does. Mirroring in a second pass would move half as much
+// again as G itself.
 #pragma once
 #include "tile_product.cuh"
 

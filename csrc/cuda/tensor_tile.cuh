@@ -11,10 +11,20 @@
 
 namespace torch_curvature::cuda {
 
+// Large tiles resident on a multiprocessor: two, but for where the compiler would spill a few registers of one kernel.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSplitBlocks = 1, kTf32Blocks = 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kSplitBlocks = 2, kTf32Blocks = 1;
+#else
+constexpr int kSplitBlocks = 2, kTf32Blocks = 2;
+#endif
+
 struct SplitFormat {
   using Number = __nv_bfloat16;
   using Element = uint16_t;
   static constexpr int kParts = 2;
+  static constexpr int kBlocks = kSplitBlocks;
   static __device__ __forceinline__ void convert(float x, Element (&parts)[kParts]) {
     const auto lead = __float2bfloat16_rn(x);
     parts[0] = __bfloat16_as_ushort(lead);
@@ -24,7 +34,7 @@ struct SplitFormat {
 struct Tf32Format {
   using Number = Tf32;
   using Element = uint32_t;
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kBlocks = kTf32Blocks;
   static __device__ __forceinline__ void convert(float x, Element (&parts)[kParts]) { parts[0] = round_to_tf32(x); }
 };
 
@@ -34,7 +44,7 @@ struct TensorTile {
   using A = float;
   using Element = typename Format::Element;
   static constexpr int kTile = TileEdge, kDepth = 16, kSide = kTile / 16, kFetch = kTile * kDepth / kTileThreads;
-  static constexpr int kBlocks = kTile == 64 ? 3 : 2;  // resident on a multiprocessor
+  static constexpr int kBlocks = kTile == 64 ? 3 : Format::kBlocks;  // resident on a multiprocessor
   static constexpr bool kRowQuads = false;
   static constexpr int kGroup = 16 / sizeof(Element);  // elements of a row of ldmatrix; a product takes two such
   static constexpr int kPitch = kDepth + kGroup;       // 8 rows of ldmatrix lie in different banks
@@ -129,15 +139,18 @@ struct TensorTile {
   }
   static __device__ __forceinline__ void multiply(const Slab (&x)[Format::kParts], const Slab (&y)[Format::kParts],
                                                   Fragments& c) {
-#pragma unroll
+#pragma unroll 1  // the fragments of two steps at once would take too many registers
     for (int k = 0; k < kDepth; k += 2 * kGroup) {
       uint32_t a[kBlockRows][4], b[kBlockRows / 2][4];
-      load_rows(a, x[0], k), load_columns(b, y[0], k);
-      mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
+      load_rows(a, x[0], k);
       if constexpr (Format::kParts == 2) {
         load_columns(b, y[1], k);
         mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
-        load_rows(a, x[1], k), load_columns(b, y[0], k);
+      }
+      load_columns(b, y[0], k);
+      mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
+      if constexpr (Format::kParts == 2) {
+        load_rows(a, x[1], k);
         mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
       }
     }
