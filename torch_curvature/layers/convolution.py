@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.pages import in_large_pages
 from .rules import Use, register_rule
 
 
@@ -24,6 +25,13 @@ def patches(
     kernel_strides = [s * d for s, d in zip(spatial, dilation)]
     out_strides = [s * t for s, t in zip(spatial, stride)]
     return x.as_strided((*x.shape[:2], *kernel, *out), (*x.stride()[:2], *kernel_strides, *out_strides))
+
+
+def copied(view: Tensor, *shape: int) -> Tensor:
+    """A view of overlapping patches as a tensor of its own, of the given shape."""
+    if torch.is_grad_enabled() and view.requires_grad:
+        return view.reshape(shape)
+    return in_large_pages(view, *view.shape).copy_(view).view(shape)
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -79,7 +87,7 @@ def convolution(
         flat = margins(padding, kernel, spread)
         padded = F.pad(input, flat) if any(flat) else input
         view = patches(padded, kernel, step, spread, output.shape[2:])
-        return view.reshape(input.shape[0], input.shape[1] * kernel.numel(), -1)
+        return copied(view, input.shape[0], input.shape[1] * kernel.numel(), output.shape[2:].numel())
 
     def grouped(dz: Tensor) -> Tensor:
         V, R = dz.shape[:2]

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import sys
 
 import torch
 from torch import Tensor
 
+from ..ops.pages import in_large_pages
+
 GIB = 1 << 30
-HUGE_PAGE = 1 << 21
-MADV_HUGEPAGE = 14  # of Linux
 
 
 def large_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Memory [rows, columns] that is not filled yet; on the CPU in pages of 2 MiB where Linux gives them on request.
-
-    Fresh pages of 4 KiB cost more than what is written to them: measured three times a copy.
-    """
-    matrix = like.new_empty(rows, columns)
-    size = matrix.numel() * matrix.element_size()
-    if matrix.device.type == "cpu" and size >= 2 * HUGE_PAGE and sys.platform == "linux":
-        start = -(-matrix.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        length = (matrix.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE - start
-        with contextlib.suppress(OSError, AttributeError):  # advice only: not taken, it changes nothing
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
-    return matrix
+    """Memory [rows, columns] that is not filled yet."""
+    return in_large_pages(like, rows, columns)
 
 
 def free_bytes(device: torch.device) -> int:
