@@ -20,7 +20,6 @@ from .operations import operations
 from .workloads import Case, Workload
 
 OURS, PLAIN = "torch_curvature", "plain torch"
-UNKNOWN = 1024.0  # MiB that a call is taken to touch where that was not measured
 
 
 def progress(text: str) -> None:
@@ -72,6 +71,7 @@ def measure(workload: Workload, device: torch.device, limits: dict[str, float], 
         "bounds": bounds(case.flops, case.bytes, gpu_name(device)), "contestants": {},
     }  # fmt: skip
     found, runs, first, pages = entry["contestants"], {}, {}, {}
+    unknown = max(64.0, 3 * case.bytes / 2**20)  # MiB that a call is taken to touch where that is not measured
     for label in case.contestants:
         if options.no_peers and PLAIN in case.contestants and not label.startswith((OURS, PLAIN)):
             continue
@@ -79,7 +79,7 @@ def measure(workload: Workload, device: torch.device, limits: dict[str, float], 
         run, message, seconds = check(case, label, reference)
         found[label] = {"check": message}
         if run is not None:
-            runs[label], first[label], pages[label] = run, seconds, UNKNOWN
+            runs[label], first[label], pages[label] = run, seconds, unknown
         elif seconds:
             found[label]["first_ms"] = seconds * 1e3
         gc.collect()
