@@ -109,7 +109,7 @@ class SecondOrder(SecondPasses):
             unit = torch.zeros(stop - start, 1, width, dtype=attached.dtype, device=attached.device)
             unit[:, 0].diagonal(start).fill_(1)
             seeds = unit.expand(-1, N, -1).reshape(stop - start, *arranged.shape)
-            for e, d in zip(edges, self.pull([arranged], [known[e] for e in edges], [seeds])):
+            for e, d in zip(edges, self.pull_once(arranged, [known[e] for e in edges], seeds)):
                 if d is not None:
                     parts.setdefault(e, []).append(self.read(e, d).transpose(0, 1))
         return {e: torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for e, pieces in parts.items()}

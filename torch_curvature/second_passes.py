@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .backprop import Backpropagation
 from .capture import Capture
+from .nodes import pull_back
 from .plan import working_dtype
 
 Roots = Sequence[Tensor]
@@ -125,6 +126,14 @@ class SecondPasses:
         if K == 1:
             return [None if d is None else d.unsqueeze(0) for d in each[0]]
         return [None if ds[0] is None else torch.stack([d for d in ds if d is not None]) for ds in zip(*each)]
+
+    def pull_once(self, root: Tensor, inputs: Sequence[Any], columns: Tensor) -> Sequence[Tensor | None]:
+        """Columns [K, *root] at a tensor of the forward pass pulled back to earlier edges."""
+        if self.pass_.plan.by_nodes and not self.captured.record.hooked:
+            found = pull_back(root, inputs, columns)
+            if found is not None:
+                return found
+        return self.pull([root], inputs, [columns])
 
     def pull_twice(
         self, roots: Roots, inputs: Sequence[Any], vectors: Sequence[Tensor], curved: bool

@@ -69,6 +69,17 @@ CURVATURE_CLONES void pack_inputs(const TwoLayers<T>& s, LaneTile t, int64_t n0,
   }
 }
 
+// Asks for m of output o at `count` samples from n on, below `end`, while something else is computed.
+template <class T>
+CURVATURE_INLINE void fetch_second_derivatives(const TwoLayers<T>& s, LaneTile t, int64_t o, int64_t n, int64_t count,
+                                               int64_t end) {
+  for (const int64_t stop = std::min(end, n + count); n < stop; ++n) {
+    const T* m = s.m + n * s.mn + o * s.mo + t.p0 * s.mp;
+    __builtin_prefetch(m, 0, 2);
+    __builtin_prefetch(m + (t.p1 - 1 - t.p0) * s.mp, 0, 2);
+  }
+}
+
 // X of one output o: panels [lanes / kCols][count][kCols].
 template <class T, class A>
 CURVATURE_CLONES void form_panels(const TwoLayers<T>& s, LaneTile t, int64_t o, int64_t n0, int64_t count,
@@ -100,10 +111,13 @@ CURVATURE_CLONES void form_panels(const TwoLayers<T>& s, LaneTile t, int64_t o, 
         }
       continue;
     }
-    for (int64_t p = 0; p < outputs; ++p) {
-      const A w = static_cast<A>(m[p * s.mp]);
-      for (int64_t i = 0; i < inputs; ++i) row[p * inputs + i] = w * x[i];
-    }
+    if (inputs == 1 && s.mp == 1)
+      for (int64_t p = 0; p < outputs; ++p) row[p] = static_cast<A>(m[p]) * x[0];
+    else
+      for (int64_t p = 0; p < outputs; ++p) {
+        const A w = static_cast<A>(m[p * s.mp]);
+        for (int64_t i = 0; i < inputs; ++i) row[p * inputs + i] = w * x[i];
+      }
     if (s.d)
       for (int64_t c = 0; c < lanes; ++c) row[c] += g * y[c];
     for (int64_t q = 0; q * W < lanes; ++q)
@@ -134,6 +148,12 @@ CURVATURE_CLONES void place_products(const TwoLayers<T>& s, LaneTile t, int64_t 
       for (int64_t i = 0; i < kEdge; ++i)
         for (int64_t j = 0; j < kEdge; ++j) tile[i][j] = flipped[j][i];
       const PlacedRun columns{z.columns, p, j0, height, z.I2};
+      const int64_t j1 = j0 + kEdge < z.I2 ? j0 + kEdge : 0, p1 = p + (j1 == 0);
+      if (p1 < t.p1) {
+        const PlacedRun next{z.columns, p1, j1, std::min(kEdge, z.I2 - j1), z.I2};
+        fetch_places(rows, next, s.out, s.ld);
+        fetch_places(next, rows, s.out, s.ld);
+      }
       place_tile(tile, rows, columns, s.out, s.ld, s.add);
       place_tile(flipped, columns, rows, s.out, s.ld, s.add);
     }
@@ -171,10 +191,13 @@ void two_layers(const TwoLayers<T>& s) {
       for (int64_t o = o0; o < o1; ++o) {
         A* c = sums + (chunks > 1 ? (o - o0) * each : 0);
         form_panels<T, A>(s, t, o, n0, count, left, moved, panels);
+        const int64_t share = divide_up(count, wide * heights);
         for (int64_t q = 0; q < wide; ++q)
-          for (int64_t h = 0; h < heights; ++h)
+          for (int64_t h = 0; h < heights; ++h) {
+            if (o + 1 < o1) fetch_second_derivatives(s, t, o + 1, n0 + (q * heights + h) * share, share, n0 + count);
             product(right + (h * z.N + n0) * kRows, kRows, panels + q * count * W, W, {count},
                     c + (h * wide + q) * kTile, std::min(kRows, z.I2 - h * kRows), std::min(W, lanes - q * W), n0 > 0);
+          }
         if (n0 + count == z.N) place_products<T, A>(s, t, o, c);
       }
     }

@@ -114,6 +114,20 @@ CURVATURE_CLONES void pack_products(const T* a, int64_t an, int64_t ai, const T*
   }
 }
 
+// Calls f(transposed, rows, columns) for all the places of the products of one pair (o, p) with a tile.
+template <class T, class F>
+CURVATURE_INLINE void each_place(const PairTile& t, Pair q, const KroneckerProblem<T>& s, const F& f) {
+  const int64_t height = t.i1 - t.i0, width = t.j1 - t.j0;
+  const bool off_diagonal = s.same && !t.triangle, twin = s.symmetric && q.o != q.p;
+  auto at = [&](bool transposed, int64_t o, int64_t i, int64_t rows, int64_t p, int64_t j, int64_t columns) {
+    f(transposed, PlacedRun{s.rows, o, i, rows, s.I}, PlacedRun{s.columns, p, j, columns, s.I2});
+  };
+  at(false, q.o, t.i0, height, q.p, t.j0, width);
+  if (off_diagonal) at(true, q.o, t.j0, width, q.p, t.i0, height);
+  if (twin) at(true, q.p, t.j0, width, q.o, t.i0, height);
+  if (twin && off_diagonal) at(false, q.p, t.i0, height, q.o, t.j0, width);
+}
+
 // Writes the products of one pair (o, p) with a tile, line [columns], to all the places that hold them.
 template <class T, class A>
 CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProblem<T> s) {
@@ -132,14 +146,9 @@ CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProble
         if (t.triangle) tile[j][i] = flipped[i][j] = tile[i][j];
       }
   }
-  auto write = [&](const T(*from)[kEdge], int64_t o, int64_t i, int64_t rows, int64_t p, int64_t j, int64_t columns) {
-    place_tile(from, PlacedRun{s.rows, o, i, rows, s.I}, PlacedRun{s.columns, p, j, columns, s.I2}, s.G, s.ld, s.add);
-  };
-  const bool off_diagonal = s.same && !t.triangle, twin = s.symmetric && q.o != q.p;
-  write(tile, q.o, t.i0, height, q.p, t.j0, width);
-  if (off_diagonal) write(flipped, q.o, t.j0, width, q.p, t.i0, height);
-  if (twin) write(flipped, q.p, t.j0, width, q.o, t.i0, height);
-  if (twin && off_diagonal) write(tile, q.p, t.i0, height, q.o, t.j0, width);
+  each_place(t, q, s, [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) {
+    place_tile(transposed ? flipped : tile, rows, columns, s.G, s.ld, s.add);
+  });
 }
 
 // Whether leaving out samples with b = 0 changes nothing: 0 times a product of these entries is 0, not NaN.
@@ -194,6 +203,10 @@ void kronecker(const KroneckerProblem<T>& s, const Fill& fill) {
         for (int64_t r = 0; r < kRows; ++r) {
           const size_t pair = (first + k) * kRows + r;
           if (pair >= pairs.size()) break;
+          if (pair + 1 < pairs.size())
+            each_place(t, pairs[pair + 1], s, [&](bool, const PlacedRun& rows, const PlacedRun& columns) {
+              fetch_places(rows, columns, s.G, s.ld);
+            });
           for (int64_t q = 0; q < wide; ++q)
             std::memcpy(line + q * W, c + ((k - k0) * wide + q) * kTile + r * W, W * sizeof(A));
           scatter<T, A>(line, t, pairs[pair], s);

@@ -39,4 +39,15 @@ CURVATURE_INLINE void place_tile(const T (*tile)[kEdge], const PlacedRun& rows, 
       to = add ? static_cast<T>(A(to) + A(tile[r][c])) : tile[r][c];
     }
 }
+
+// Asks for the lines that place_tile is going to write.
+template <class T>
+CURVATURE_INLINE void fetch_places(const PlacedRun& rows, const PlacedRun& columns, T* out, int64_t ld) {
+  if (!columns.straight()) return;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const T* to = out + rows[r] * ld + columns[0];
+    __builtin_prefetch(to, 1);
+    __builtin_prefetch(to + columns.count - 1, 1);
+  }
+}
 }  // namespace torch_curvature::cpu
