@@ -20,6 +20,7 @@ from .factors import Factor
 from .fallback import per_sample_jacobians
 from .layers.linear import positions_last
 from .nodes import pull_back
+from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
 from .trust import check_same_pass, same_derivatives, verify
@@ -168,7 +169,14 @@ class Backpropagation:
             yield name, Factor(J.to(working_dtype(J.dtype))[:, :, None], None, self.parameters[name].shape)
 
     def to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
-        """Columns [V, N, *out] pulled back to the recorded layers' outputs, [V, *z] each."""
+        """Columns [V, N, *out] pulled back to the recorded layers' outputs, [V, *z] each.
+
+        Not under the caller's autocast: each function is differentiated in the precision in which it ran.
+        """
+        with without_autocast(columns):
+            return self._to_edges(columns)
+
+    def _to_edges(self, columns: Tensor) -> Sequence[Tensor | None]:
         outputs, edges = self.captured.outputs, self.captured.record.edges
         columns = columns.to(outputs.dtype)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_gram, jacobian_norms
+from .ops.routing import without_autocast
 
 # Elements of a temporary that stays in the second-level cache of one core (float32: 1 MiB).
 CACHE_ELEMENTS = 1 << 18
@@ -110,14 +111,17 @@ class Factor:
         if S == 1:
             a, g = self.a[:, 0], self.g[:, :, 0]
             J = a[:, :, None] * g[:, :, None, :] if self.transposed else g[..., None] * a[:, None, :]
-        elif self.transposed:
-            J = torch.matmul(self.a.mT, self.g)
         else:
-            J = torch.matmul(self.g.mT, self.a)
+            with without_autocast(self.g):
+                J = torch.matmul(self.a.mT, self.g) if self.transposed else torch.matmul(self.g.mT, self.a)
         return J.reshape(V, N, -1)
 
     def apply(self, vector: Tensor) -> Tensor:
         """Product of the Jacobian with vectors: [p, K] -> [V, N, K], without the Jacobian."""
+        with without_autocast(self.g):
+            return self._apply(vector)
+
+    def _apply(self, vector: Tensor) -> Tensor:
         K = vector.shape[1]
         entries = self.entries()
         if entries is not None:
@@ -133,6 +137,10 @@ class Factor:
 
     def apply_transposed(self, weights: Tensor) -> Tensor:
         """Product of the transposed Jacobian with ``weights`` [V, N, K]: -> [p, K]."""
+        with without_autocast(self.g):
+            return self._apply_transposed(weights)
+
+    def _apply_transposed(self, weights: Tensor) -> Tensor:
         V, N, K = weights.shape
         if self.a is None:
             out = self.g.sum(2).reshape(V * N, -1).T @ weights.reshape(V * N, K)
@@ -169,7 +177,8 @@ def activation_space_block(g: Tensor, g2: Tensor, sign: Tensor | None = None) ->
     """``B[n] = sum_v sign[v,n] g[v,n] g2[v,n]^T``: [V,N,1,O], [V,N,1,O2] -> [N,O,O2]; symmetric when g2 is g."""
     left = g[:, :, 0].permute(1, 2, 0)
     right = g2[:, :, 0] if sign is None else g2[:, :, 0] * sign[..., None]
-    B = torch.bmm(left, right.transpose(0, 1))
+    with without_autocast(g):
+        B = torch.bmm(left, right.transpose(0, 1))
     if g2 is g:
         B = torch.triu(B) + torch.triu(B, 1).mT
     return B

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from . import nodes
 from .backprop import Backpropagation
 from .capture import Capture, capture, observation
+from .ops.routing import without_autocast
 from .plan import working_dtype
 from .recorder import Recorder
 
@@ -62,7 +63,8 @@ def push_forward(
     """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
     if model not in FORWARD_MODE:
         captured = capture(model, forward, batch, parameters, Recorder({}))
-        by_nodes = nodes.push_forward(captured.outputs, parameters, tangents)
+        with without_autocast(captured.outputs):
+            by_nodes = nodes.push_forward(captured.outputs, parameters, tangents)
         if by_nodes is not None:
             return captured, by_nodes
         FORWARD_MODE.add(model)
@@ -107,7 +109,13 @@ def double_backward_product(
     captured: Capture, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
 ) -> Tensor:
     """``J v`` as the derivative of ``v . (J^T u)`` with respect to u, which does not depend on u."""
-    outputs = captured.outputs
+    with without_autocast(captured.outputs):
+        return _double_backward_product(captured.outputs, parameters, tangents)
+
+
+def _double_backward_product(
+    outputs: Tensor, parameters: dict[str, nn.Parameter], tangents: dict[str, Tensor]
+) -> Tensor:
     u = torch.zeros_like(outputs).requires_grad_()
     pulled = torch.autograd.grad(
         outputs, list(parameters.values()), u, create_graph=True, retain_graph=True, allow_unused=True
@@ -122,13 +130,14 @@ def double_backward_product(
 
 def pull_back(captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor, dtype: torch.dtype) -> Tensor:
     """``J^T u``, [P], for u of the outputs' shape."""
-    pulled = torch.autograd.grad(
-        captured.outputs,
-        list(parameters.values()),
-        u.to(captured.outputs.dtype),
-        retain_graph=True,
-        allow_unused=True,
-    )
+    with without_autocast(u):
+        pulled = torch.autograd.grad(
+            captured.outputs,
+            list(parameters.values()),
+            u.to(captured.outputs.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
     pieces = []
     for p, g in zip(parameters.values(), pulled):
         if g is None:

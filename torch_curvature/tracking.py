@@ -56,7 +56,7 @@ class Track:
                 "parameter_gradients=False with DistributedDataParallel, which waits for the gradients of all "
                 "parameters: track and call the module inside it"
             )
-        self._model = unwrapped(model)
+        self._given, self._model = model, unwrapped(model)
         self._parameters = trainable_parameters(self._model)
         if not self._parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to track")
@@ -76,7 +76,7 @@ class Track:
             raise RuntimeError("this track is already active: use a new tc.track(model) for each with statement")
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_hooks)
-            stack.enter_context(force_eager(self._model))
+            stack.enter_context(force_eager(self._given))
             self._hooks += self._recorder.module_hooks(self._model)
             self._hooks.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._hooks.append(self._model.register_forward_hook(self._after, with_kwargs=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .factors import Factor
 from .fallback import Forward, per_sample_jacobians
+from .ops.routing import without_autocast
 from .plan import TOLERANCE, Layout, Plan, layouts, working_dtype
 from .recorder import RecordedUse, UnsupportedModelError
 
@@ -40,14 +41,15 @@ def verify(pass_: Pass) -> None:
     captured, plan = pass_.captured, pass_.plan
     outputs, N = captured.outputs, captured.samples
     generator = torch.Generator().manual_seed(20177)
-    r = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    w = (torch.rand(N, generator=generator, dtype=torch.float64) + 0.5).to(outputs)
+    r = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+    w = (torch.rand(N, generator=generator, dtype=torch.float64, device="cpu") + 0.5).to(outputs)
     w = w * (1 - 2 * (torch.arange(N, device=w.device) % 2))
     weighted = r * w.view(N, *[1] * (outputs.dim() - 1))
     names = list(pass_.parameters)
-    truth = torch.autograd.grad(
-        outputs, list(pass_.parameters.values()), weighted, retain_graph=True, allow_unused=True
-    )
+    with without_autocast(outputs):
+        truth = torch.autograd.grad(
+            outputs, list(pass_.parameters.values()), weighted, retain_graph=True, allow_unused=True
+        )
     reference = {n: (t.to_dense() if t.is_sparse else t) for n, t in zip(names, truth) if t is not None}
     infinite = [n for n, gradient in reference.items() if not bool(torch.isfinite(gradient).all())]
     if infinite:
@@ -91,7 +93,9 @@ def check_same_pass(detached: Capture, attached: Capture) -> None:
     same = ours.signature == theirs.signature and ours.escaped == theirs.escaped
     if same:
         generator = torch.Generator().manual_seed(20177)
-        r = torch.randn(detached.outputs.shape, generator=generator, dtype=torch.float64).to(detached.outputs)
+        r = torch.randn(detached.outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            detached.outputs
+        )
         pulled = [
             torch.autograd.grad(c.outputs, c.record.edges or c.outputs, r, retain_graph=True, allow_unused=True)
             for c in (detached, attached)

@@ -98,6 +98,39 @@ def test_autocast_keeps_statistics_in_float32() -> None:
     assert torch.isfinite(loss)
 
 
+def test_contractions_ignore_the_callers_autocast() -> None:
+    """The model here runs in float32, whatever is around it; so must all that is made of its factors."""
+
+    class Exact(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                z = self.layers(x)
+                return z.sum(1) if z.dim() == 3 else z
+
+    model = Exact().float()
+    for x in (torch.randn(6, 3), torch.randn(6, 5, 3)):
+        batch = x.float(), torch.randint(4, (6,))
+        truth = reference.gauss_newton(copy.deepcopy(model).double(), LOSS, (x, batch[1]))
+        V = torch.randn(len(truth), 17, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            matrix = tc.GaussNewton(model, LOSS, batch)
+            found = [
+                matrix.dense(),
+                matrix @ V,
+                matrix @ V[:, 0],
+                torch.cat(list(tc.Jacobian(model, batch).blocks().values()), 2),
+            ]
+        found[-1] = found[-1].flatten(0, 1).T @ found[-1].flatten(0, 1)
+        J = reference.jacobian(copy.deepcopy(model).double(), x).flatten(0, 1)
+        for ours, expected in zip(found, (truth, truth @ V.double(), truth @ V[:, 0].double(), J.T @ J), strict=True):
+            assert ours.dtype == torch.float32
+            assert float((ours - expected).norm() / expected.norm()) < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     model, (x, y) = net().to(dtype), data(16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +214,70 @@ def test_a_rule_that_is_wrong_goes_to_the_fallback(monkeypatch: pytest.MonkeyPat
     assert all(t.coverage()[name].startswith("fallback") for name in ("weight", "bias"))
     assert all(p.grad is None for p in model.parameters())
     close(rows_of(t.gradients()), rows_of(reference.per_sample_gradients(model, LOSS, (x, y))))
+
+
+def test_compiled_and_distributed_models(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(5, 3), torch.randint(4, (5,))
+    truth = rows_of(reference.per_sample_gradients(model, LOSS, (x, y)))
+    frames: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        frames.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    with tc.track(compiled, parameter_gradients=False) as t:
+        LOSS(compiled(x), y).backward()
+    close(rows_of(t.gradients()), truth)
+    assert not frames, "what observes the model was compiled with it"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            tc.track(nn.parallel.DistributedDataParallel(model), parameter_gradients=False)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision(autocast: bool) -> None:
+    """What the ordinary tracked step gives, to the bit: the same operations are made, but for those left out."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    model = model.to(torch.float32 if autocast else torch.bfloat16)
+    x, y = torch.randn(5, 3).to(model[0].weight.dtype), torch.randint(4, (5,))
+    found = []
+    for parameter_gradients in (True, False, False):
+        model.zero_grad()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            tc.track(model, parameter_gradients=parameter_gradients) as t,
+        ):
+            LOSS(model(x), y).backward()
+        assert set(t.coverage().values()) == {"closed rule"}
+        found.append(t.gradients())
+    assert all(p.grad is None for p in model.parameters())
+    for name, gradient in found[0].items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(found[1][name], gradient)
+        assert torch.equal(found[2][name], gradient)
+
+
+def test_threads() -> None:
+    problems = [(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(n, 3)) for n in range(3, 9)]
+    truths = [rows_of(reference.per_sample_gradients(m, nn.MSELoss(), (x, x.new_ones(len(x), 4)))) for m, x in problems]
+    found: list[Any] = [None] * len(problems)
+
+    def work(k: int) -> None:
+        model, x = problems[k]
+        for _ in range(5):
+            with tc.track(model, parameter_gradients=False) as t:
+                (model(x) - 1).square().mean().backward()
+            found[k] = rows_of(t.gradients())
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, truth in zip(found, truths):
+        close(ours, truth)

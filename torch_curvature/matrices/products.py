@@ -87,7 +87,7 @@ def _product(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tenso
     """One batch's ``J^T h J v``; ``(h J v) . (J v) = (J^T h J v) . v`` must hold, whichever way J v was computed."""
     w = matrix._output_product(batch, batch.tangent.unsqueeze(0))[0]
     result = pulled(matrix, batch, w)
-    ahead, back = (w * batch.tangent).sum(), result @ vector
+    ahead, back = (w * batch.tangent).sum(), (result * vector).sum()
     size = w.norm() * batch.tangent.norm() + result.norm() * vector.norm()
     if not (ahead - back).abs() <= TOLERANCE[batch.captured.outputs.dtype] * size:
         tangent = double_backward_product(batch.captured, matrix.parameters, tangents)
@@ -109,7 +109,7 @@ def checked_tangent(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector
     """``J v`` of one batch; ``(J v) . (J v) = (J^T J v) . v`` must hold, else it is computed by double backward."""
     tangent: Tensor = batch.tangent
     back = pulled(matrix, batch, tangent)
-    error = (tangent.square().sum() - back @ vector).abs()
+    error = (tangent.square().sum() - (back * vector).sum()).abs()
     size = tangent.square().sum() + back.norm() * vector.norm()
     if error <= TOLERANCE[batch.captured.outputs.dtype] * size:
         return tangent
