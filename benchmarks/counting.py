@@ -79,14 +79,15 @@ def count(p: Problem, quantity: str) -> tuple[float, float]:
 
 def count_hessian(p: Problem) -> tuple[float, float]:
     """The dense Hessian of a multilayer perceptron: one second-order pass (two forward passes' worth of tangents and
-    backward passes each) for every layer output, and the products of packed pairs."""
+    backward passes each) for every layer output, the products of packed pairs of a layer with itself, and one product
+    of unpacked pairs for two layers, which holds both terms."""
     found = list(layers(p))
     forward = sum(2.0 * N * S * O * I for N, S, O, I, _ in found)
     flops = sum(O for _, _, O, _, _ in found) * 2 * forward
     for i, (n, _, O, I, _) in enumerate(found):
         flops += 2.0 * n * _pairs(O) * _pairs(I)
         for _, _, O2, I2, _ in found[i + 1 :]:
-            flops += 4.0 * n * O * I * O2 * I2
+            flops += 2.0 * n * O * I * O2 * I2
     return flops, float(p.size**2 * p.x.element_size())
 
 
