@@ -17,7 +17,7 @@ from tests.engine.models import Function
 from tests.engine.test_matrices import close
 from torch_curvature import reference
 from torch_curvature.layers import MODULE_RULES
-from torch_curvature.layers.twice import bags
+from torch_curvature.layers.bags import embedding_bag
 from torch_curvature.recorder import UnsupportedModelError
 
 LOSS = nn.CrossEntropyLoss()
@@ -122,7 +122,7 @@ def test_bags_of_unequal_length_written_out(mode: str, padding: int | None, last
     options: dict[str, Any] = {"mode": mode, "padding_idx": padding, "include_last_offset": last}
     if mode == "sum":
         options["per_sample_weights"] = torch.randn(9)
-    ours, theirs = bags(index, weight, offsets, **options), F.embedding_bag(index, weight, offsets, **options)
+    ours, theirs = embedding_bag(index, weight, offsets, **options), F.embedding_bag(index, weight, offsets, **options)
     close(ours, theirs)
     seed = torch.randn(5, 3)
     close(torch.autograd.grad(ours, weight, seed)[0], torch.autograd.grad(theirs, weight, seed)[0])

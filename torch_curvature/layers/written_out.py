@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bags import embedding_bag, one_bag_a_row
 from .recurrent import RECURRENT_CELLS, RECURRENT_LAYERS, is_padded
 
 
@@ -50,39 +51,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
-def embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """Rows of a table gathered and reduced over each bag: one bag is one row of ``input [N, length]``."""
-    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    counted = torch.ones_like(input, dtype=torch.bool)
-    if padding_idx is not None:
-        counted = input != padding_idx % weight.shape[0]
-    if mode == "max":
-        lowest = torch.finfo(rows.dtype).min
-        largest = rows.masked_fill(~counted.unsqueeze(-1), lowest).amax(1)
-        return torch.where(counted.any(1, keepdim=True), largest, torch.zeros_like(largest))
-    weights = counted.to(rows.dtype)
-    if per_sample_weights is not None:
-        weights = weights * per_sample_weights
-    total = (rows * weights.unsqueeze(-1)).sum(1)
-    return total / counted.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
-
-
-def _one_bag_a_row(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return input.dim() == 2 and not input.is_floating_point()
-
-
 def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
@@ -93,7 +61,7 @@ Applies = Callable[..., bool]
 # These are replaced in every observed pass, since the layers inside them are to be seen,
 OPENED: dict[Callable[..., Any], tuple[Applies, Callable[..., Any]]] = {
     F.multi_head_attention_forward: (_always, _open_attention()),
-    F.embedding_bag: (_one_bag_a_row, embedding_bag),
+    F.embedding_bag: (one_bag_a_row, embedding_bag),
     **{function: (is_padded, written) for function, written in RECURRENT_LAYERS.items()},
     **{function: (_always, written) for function, written in RECURRENT_CELLS.items()},
 }
