@@ -15,7 +15,7 @@ def _checks() -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def error(got: torch.Tensor, want: torch.Tensor) -> float:
         return float((got - want).abs().max() / want.abs().max())

@@ -249,9 +249,14 @@ def is_matching(
     else:
         h = transfer
     generator = torch.Generator().manual_seed(0)
-    points = 1.5 * torch.randn(8 * size + 16, size, dtype=torch.float64, generator=generator)
+
+    def draw(rows: int) -> Tensor:
+        points = torch.randn(rows, size, dtype=torch.float64, generator=generator, device="cpu")
+        return points.to(torch.get_default_device())
+
+    points = 1.5 * draw(8 * size + 16)
     if targets is None:
-        chosen = h(torch.randn(3, size, dtype=torch.float64, generator=generator)).detach()
+        chosen = h(draw(3)).detach()
         targets = torch.eye(size, dtype=torch.float64) if transfer == "softmax" else chosen
     outputs = torch.cat([h(u.unsqueeze(0)) for u in points]).detach()
     gradients = torch.stack([_pair_gradients(loss_fn, h, points, y.unsqueeze(0)) for y in targets])

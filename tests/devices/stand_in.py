@@ -66,6 +66,17 @@ class DeviceTensor(Tensor):
     def tolist(self) -> Any:
         return current().read("tolist", self.host).tolist()
 
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.host.untyped_storage()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """In C++ a list would become a tensor without values, on the meta device."""
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for x in parts))
+
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return torch.tensor(data, **{"dtype": self.dtype, "device": DEVICE, **options})
 

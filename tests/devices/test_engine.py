@@ -18,7 +18,7 @@ import torch_curvature as tc
 from tests.engine.models import CASES
 from tests.engine.test_matrices import call, own_rule, problem  # noqa: F401
 
-from .stand_in import on_device, same, stand_in
+from .stand_in import DEVICE, on_device, same, stand_in
 
 Cell = Callable[[Any], Any]
 ALWAYS = {
@@ -155,3 +155,15 @@ def test_reference(name: str) -> None:
 
 def test_the_models_that_always_run_are_on_the_list() -> None:
     assert set(CASES) >= ALWAYS
+
+
+def test_torch_default_device_does_not_matter() -> None:
+    """``torch.set_default_device("cuda")`` moves what is made without a device, and no generator of the CPU."""
+    model, data = _targets("mlp")
+    expected = [tc.GaussNewton(model, nn.CrossEntropyLoss(), data).dense()]
+    expected += [tc.Hessian(model, nn.CrossEntropyLoss(), data).dense()]
+    with stand_in(), torch.device(DEVICE):
+        ours, moved = on_device(model), on_device(data)
+        same(tc.GaussNewton(ours, nn.CrossEntropyLoss(), moved).dense(), expected[0])
+        same(tc.Hessian(ours, nn.CrossEntropyLoss(), moved).dense(), expected[1])
+        assert tc.is_matching(nn.MSELoss(), "identity")

@@ -74,6 +74,9 @@ def test_tensors_say_where_they_are() -> None:
             assert x.is_cuda
             assert x.new_zeros(2).device == x.new_tensor(1.0).device == torch.empty_like(x).device == DEVICE
         assert torch.zeros(2).device.type == "cpu"
+        x = torch.zeros(2, 3, device="cuda")
+        assert x.data_ptr() == x.view(6).data_ptr() != torch.zeros(2, 3, device="cuda").data_ptr()
+        assert DeviceTensor(torch.arange(4.0))[[3, 1]].tolist() == [3.0, 1.0]
         model = on_device(nn.LSTM(2, 3))
         assert {p.device for p in model.parameters()} == {DEVICE}
         assert model._flat_weights[0] is model.weight_ih_l0

@@ -243,7 +243,7 @@ class SecondOrderMatrix(Matrix):
         """
         second = contributions.second
         generator = torch.Generator().manual_seed(20261)
-        vector = torch.randn(group.size, generator=generator, dtype=torch.float64).to(self.zeros(0))
+        vector = torch.randn(group.size, generator=generator, dtype=torch.float64, device="cpu").to(self.zeros(0))
         pieces = dict(zip(group.names, vector.split([self.parameters[n].numel() for n in group.names])))
         directions = {n: v.view(1, *self.parameters[n].shape) for n, v in pieces.items()}
         found = second.products(directions, group.names, contributions.curved)
