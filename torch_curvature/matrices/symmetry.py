@@ -147,14 +147,8 @@ def _fault(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         with torch.enable_grad():
-            value = (
-                (
-                    output
-                    * torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
-                )
-                .square()
-                .sum()
-            )
+            slope = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype, device=output.device)
+            value = (output * slope.view_as(output)).square().sum()
             first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
         if has_break([g for g in first if g is not None]):
             return f"has none: {ONCE}"
