@@ -39,14 +39,20 @@ def attached_pass(
     return Capture(outputs, None, recorder.record, detached.samples, detached.batch)
 
 
-def batch_size(leaves: list[Any], inputs: Any) -> int:
-    """Leading axis of the first input that is shared by an output, else that of the first output."""
+def leaves_of(value: Any) -> list[Any]:
+    return [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
+
+
+def batch_size(leaves: list[Any], inputs: tuple[Any, Any]) -> int:
+    """Leading axis of the first input (arguments, keyword arguments) that an output shares, else the first output's."""
     lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not lengths:
         raise UnsupportedModelError("the model returned no tensor with a batch axis")
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in lengths:
-            return int(leaf.shape[0])
+    args, kwargs = inputs
+    for value in (*args, *kwargs.values()):
+        for leaf in leaves_of(value):
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in lengths:
+                return int(leaf.shape[0])
     return int(lengths[0])
 
 

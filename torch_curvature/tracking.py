@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from .attached import attached_pass, batch_size, counts_samples, joined
+from .attached import attached_pass, batch_size, counts_samples, joined, leaves_of
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
@@ -125,7 +124,7 @@ class Track:
         batch.drew = batch.random.changed()
         batch.uses = len(batch.record.uses)
         batch.escaped = frozenset(batch.record.escaped)
-        leaves = pytree.tree_leaves(output)
+        leaves = leaves_of(output)
         batch.samples = batch_size(leaves, (args, kwargs))
         chosen = [i for i, leaf in enumerate(leaves) if counts_samples(leaf, batch.samples)]
         if not chosen:
@@ -135,7 +134,7 @@ class Track:
         batch.output_shapes = [(i, leaves[i].shape) for i in chosen]
 
         def forward(model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
-            found = pytree.tree_leaves(model(*inputs[0], **inputs[1]))
+            found = leaves_of(model(*inputs[0], **inputs[1]))
             return joined([found[i] for i in chosen]), None
 
         with self._recorder.paused():

@@ -85,15 +85,22 @@ def multiply(matrix: Any, vector: Any) -> Any:
 
 def _product(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tensor) -> Tensor:
     """One batch's ``J^T h J v``; ``(h J v) . (J v) = (J^T h J v) . v`` must hold, whichever way J v was computed."""
-    w = matrix._output_product(batch, batch.tangent.unsqueeze(0))[0]
-    result = pulled(matrix, batch, w)
-    ahead, back = (w * batch.tangent).sum(), (result * vector).sum()
-    size = w.norm() * batch.tangent.norm() + result.norm() * vector.norm()
-    if not (ahead - back).abs() <= TOLERANCE[batch.captured.outputs.dtype] * size:
-        tangent = double_backward_product(batch.captured, matrix.parameters, tangents)
-        w = matrix._output_product(batch, tangent.unsqueeze(0))[0]
-        result = pulled(matrix, batch, w)
-    return result * batch.scale**2
+
+    def backwards(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        w = matrix._output_product(batch, tangent.unsqueeze(0))[0] * batch.scale**2
+        return w, pulled(matrix, batch, w)
+
+    w, result = backwards(batch.tangent)
+    if not _agree(w, batch.tangent, result, vector, TOLERANCE[batch.captured.outputs.dtype]):
+        w, result = backwards(double_backward_product(batch.captured, matrix.parameters, tangents))
+    return result
+
+
+def _agree(a: Tensor, b: Tensor, c: Tensor, d: Tensor, tolerance: float) -> bool:
+    """Whether ``a . b = c . d`` up to rounding; not where anything is NaN."""
+    norms = [torch.linalg.vector_norm(x) for x in (a, b, c, d)]
+    ahead, back, *sizes = torch.stack([(a * b).sum(), (c * d).sum(), *norms]).tolist()
+    return bool(abs(ahead - back) <= tolerance * (sizes[0] * sizes[1] + sizes[2] * sizes[3]))
 
 
 def pulled(matrix: Any, batch: Any, u: Tensor) -> Tensor:
@@ -109,9 +116,7 @@ def checked_tangent(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector
     """``J v`` of one batch; ``(J v) . (J v) = (J^T J v) . v`` must hold, else it is computed by double backward."""
     tangent: Tensor = batch.tangent
     back = pulled(matrix, batch, tangent)
-    error = (tangent.square().sum() - (back * vector).sum()).abs()
-    size = tangent.square().sum() + back.norm() * vector.norm()
-    if error <= TOLERANCE[batch.captured.outputs.dtype] * size:
+    if _agree(tangent, tangent, back, vector, TOLERANCE[batch.captured.outputs.dtype]):
         return tangent
     return double_backward_product(batch.captured, matrix.parameters, tangents)
 
