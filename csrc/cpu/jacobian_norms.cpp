@@ -3,7 +3,7 @@
 // Shapes: g [V, N, S, O], a [N, S, I], out [V, N]. The cheapest by counted multiply-adds of
 //   S = 1: |g|^2 |a|^2                                                                      V N O + N I
 //   pairs: sum_st (g_s . g_t)(a_s . a_t), each s <= t once, straight from the rows          N (V O + I) S (S + 1) / 2
-//   sum:   J[v, n] tile by tile, each squared and summed as it leaves the registers         V N S O I
+//   sum:   tiles of J[v, n] or of its transpose, squared and summed as they leave registers V N S O I
 // Nothing of size S x S or O x I is stored. Bytes moved: those of g and a, once.
 #include "jacobian.h"
 #include "overlaps.h"
@@ -95,23 +95,27 @@ void by_pairs(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int
   }
 }
 
-// Columns [v0, v1) of one sample through the tiles of J.
+// Columns [v0, v1) of samples [first, last) through the tiles of J, or of its transpose.
 template <class T, class A>
-void by_sum(const Jacobian<T>& J, int64_t n, int64_t v0, int64_t v1, T* out) {
-  constexpr int64_t W = kCols<A>;
+void by_sum(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int64_t v1, T* out) {
   const JacobianSizes& s = J.size;
-  const auto product = tile_product<A>();
-  Buffer<A> ap(panels<A>(s.I) * s.S * W), gp(panels<A>(s.O) * s.S * W), tile(kRows * W);
-  pack_panels<T, A>(J.a_at(n), s.S, J.as, s.I, J.ai, ap);
-  for (int64_t v = v0; v < v1; ++v) {
-    A lanes[W] = {};
-    pack_panels<T, A>(J.g_at(v, n), s.S, J.gs, s.O, J.go, gp);
-    for (int64_t q = 0; q < panels<A>(s.I); ++q)
-      for (int64_t r = 0; r < divide_up(s.O, kRows); ++r) {
-        packed_tile<A>(product, gp, r, s.O, ap, q, s.I, s.S, tile);
-        add_squares<A>(tile, std::min(kRows, s.O - r * kRows), panel_width<A>(s.I, q), lanes);
-      }
-    out[v * s.N + n] = static_cast<T>(total<A>(lanes));
+  const bool swapped = inputs_as_rows<T>(J, s.O, s.I);
+  const Columns outputs{s.O, J.go, J.gs}, inputs{s.I, J.ai, J.as};
+  const Columns x = swapped ? inputs : outputs, y = swapped ? outputs : inputs;
+  SampleProduct<T> product(s.S, x, y);
+  Buffer<A> tile(kRows * kCols<A>);
+  for (int64_t n = first; n < last; ++n) {
+    swapped ? product.set_x(J.a_at(n)) : product.set_y(J.a_at(n));
+    for (int64_t v = v0; v < v1; ++v) {
+      swapped ? product.set_y(J.g_at(v, n)) : product.set_x(J.g_at(v, n));
+      A lanes[kCols<A>] = {};
+      for (int64_t q = 0; q < product.columns(); ++q)
+        for (int64_t r = 0; r < product.bands(); ++r) {
+          product.tile(r, q, tile);
+          add_squares<A>(tile, std::min(kRows, x.count - r * kRows), panel_width<A>(y.count, q), lanes);
+        }
+      out[v * s.N + n] = static_cast<T>(total<A>(lanes));
+    }
   }
 }
 
@@ -135,8 +139,7 @@ void norms(const Jacobian<T>& J, T* out) {
   share_tasks(tasks * steps, worth_threads, [&](int64_t task) {
     const int64_t first = task / steps * each, last = std::min(s.N, first + each);
     const int64_t v0 = task % steps * step, v1 = std::min(s.V, v0 + step);
-    if (pairs < sum) return by_pairs<T, A>(J, first, last, v0, v1, out);
-    for (int64_t n = first; n < last; ++n) by_sum<T, A>(J, n, v0, v1, out);
+    pairs < sum ? by_pairs<T, A>(J, first, last, v0, v1, out) : by_sum<T, A>(J, first, last, v0, v1, out);
   });
 }
 
