@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 
 
@@ -38,9 +39,12 @@ def start_of_graph(output: Tensor) -> Tensor:
     return started
 
 
-def recomputes() -> bool:
-    """Whether what a function saves goes through hooks (activation checkpointing): it must then be called as it is."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def must_stay_attached() -> bool:
+    """Whether a function must be called as it is: what it saves goes through hooks (activation checkpointing, which
+    calls it again), or it is called under a transform of ``torch.func``.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or peek_interpreter_stack() is not None
 
 
 class WithheldGradient:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .detaching import recomputes, start_of_graph
+from .detaching import must_stay_attached, start_of_graph
 from .layers import DETACHABLE, FUNCTION_RULES, MODULE_RULES, OPENED, WRITTEN_OUT, Use
 from .layers.watched import HOOKING, REFUSALS, REORDERING, SUMS, indexes_by_data
 from .layers.watched import UnsupportedModelError as UnsupportedModelError
@@ -119,7 +119,7 @@ class Recorder(TorchFunctionMode):
 
     def _detached(self, func: Any, args: Any, kwargs: Any, touched: list[int]) -> Any:
         """The call without its parameters in the graph, which starts at the output if it has not started yet."""
-        if func not in DETACHABLE or "out" in kwargs or recomputes():
+        if func not in DETACHABLE or "out" in kwargs or must_stay_attached():
             output = func(*args, **kwargs)
             if func in FUNCTION_RULES or _carries_gradient(output, self._is_parameter):
                 self._attach(touched)

@@ -262,6 +262,22 @@ def test_low_precision(autocast: bool) -> None:
         assert torch.equal(found[2][name], gradient)
 
 
+def test_models_that_use_transforms() -> None:
+    model = Function(
+        lambda m, x: torch.tanh(torch.func.vmap(m.first)(x)) @ m.last,
+        first=nn.Linear(3, 4),
+        last=nn.Parameter(torch.randn(4, 4)),
+    )
+    x, y = torch.randn(5, 3), torch.randint(4, (5,))
+    truth = rows_of(reference.per_sample_gradients(model, LOSS, (x, y)))
+    for parameter_gradients in (True, False, False):
+        model.zero_grad()
+        with tc.track(model, parameter_gradients=parameter_gradients) as t:
+            LOSS(model(x), y).backward()
+        close(rows_of(t.gradients()), truth)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_threads() -> None:
     problems = [(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(n, 3)) for n in range(3, 9)]
     truths = [rows_of(reference.per_sample_gradients(m, nn.MSELoss(), (x, x.new_ones(len(x), 4)))) for m, x in problems]
