@@ -18,14 +18,18 @@ demo: build
 test: build
 	$(PYTHON) -m pytest $(PYTEST_ARGUMENTS)
 
-# The same operator tests on a GPU, the sanitizers of the CUDA toolkit on a short set, and the benchmarks.
+# Operators, engine and Hessians on a GPU against plain torch and the reference, the sanitizers of the CUDA toolkit on a short
+# set, the benchmarks there, and every kernel's time beside its bound. Stops at once where torch sees no GPU.
+SANITIZED := tests/ops/test_values.py -k "test_equals_plain_operations and (float32 or bfloat16) and not 1000"
 test-gpu: build
-	$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make test-gpu needs a CUDA device; torch sees none')"
-	$(PYTHON) -m pytest tests/ops tests/losses/test_precision.py --device cuda
+	$(PYTHON) -m pytest tests/ops tests/losses/test_precision.py tests/engine/test_matrices.py tests/engine/test_losses_and_splits.py \
+	  tests/hessian/test_models.py --device cuda
+	@command -v compute-sanitizer || { echo "compute-sanitizer of the CUDA toolkit is not on the PATH"; exit 1; }
 	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/ops/test_values.py --device cuda -k "float32 and not 1000" || exit 1; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) --device cuda || exit 1; \
 	done
 	$(PYTHON) -m benchmarks --device cuda
+	$(PYTHON) -m benchmarks --device cuda --rooflines
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .

@@ -72,6 +72,13 @@ class DeviceTensor(Tensor):
     def untyped_storage(self) -> Any:
         return self.host.untyped_storage()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
+        if id(self) not in memo:
+            copied = DeviceTensor(self.host.clone())
+            is_parameter = isinstance(self, nn.Parameter)
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return memo[id(self)]
+
     def __getitem__(self, index: Any) -> Tensor:
         """In C++ a list would become a tensor without values, on the meta device."""
         parts = index if isinstance(index, tuple) else (index,)
@@ -216,6 +223,7 @@ def stand_in() -> Iterator[StandIn]:
     try:
         with pytest.MonkeyPatch.context() as patch, mode:
             patch.setattr(torch, "Generator", Generator)
+            patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
             patch.setattr(torch.cuda, "_lazy_init", lambda: None)
             patch.setattr(torch.cuda, "get_rng_state", lambda device=None: mode.generator.get_state())
             patch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: mode.generator.set_state(state))

@@ -1,4 +1,4 @@
-"""Engine tests run in float64, on small fresh models, each with its own seed."""
+"""Engine tests run in float64, on small fresh models, each with its own seed, on the device given by --device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.conftest import on
+
 
 @pytest.fixture(autouse=True)
 def float64(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -16,3 +18,9 @@ def float64(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device_under_test(float64: None, device: str) -> Iterator[None]:
+    with on(device):
+        yield

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests.conftest import on
 
 
 @pytest.fixture(autouse=True)
 def on_the_device_under_test(device: str) -> Iterator[None]:
-    if device == "cpu":  # torch's own default: nothing to switch, and no function mode around the tests
-        yield
-        return
-    with torch.device(device):
+    with on(device):
         yield
