@@ -92,7 +92,7 @@ CURVATURE_CLONES void multiply(const A* __restrict__ x, const A* __restrict__ y,
   for (int64_t k = 0; k < kRows * kCols<A>; ++k) z[k] = x[k] * y[k];
 }
 
-// All columns (v, w) of the samples of group P by those of group Q.
+// All columns (v, w) of the samples of group P by those of group Q; of a group with itself each pair (v, w) once.
 template <class T>
 void pair_of_groups(const Positions<T>& left, const Group& P, const Positions<T>& right, const Group& Q, bool same,
                     GramOutput<T> out) {
@@ -101,6 +101,7 @@ void pair_of_groups(const Positions<T>& left, const Group& P, const Positions<T>
   const JacobianSizes &s = left.J.size, &z = right.J.size;
   const auto product = tile_product<A>();
   const int64_t bands = divide_up(P.rows, kRows), kBands = W / kRows;
+  const bool one = same && P.first == Q.first;
   Buffer<A> overlaps(bands * Q.panels * kTile), inner(kTile), sums(P.samples * Q.samples);
   for (int64_t q = 0; q < Q.panels; ++q)
     for (int64_t r = 0; r < bands; ++r)
@@ -108,7 +109,7 @@ void pair_of_groups(const Positions<T>& left, const Group& P, const Positions<T>
               overlaps + (q * bands + r) * kTile, std::min(kRows, P.rows - r * kRows), panel_width<A>(Q.rows, q),
               false);
   for (int64_t v = 0; v < s.V; ++v)
-    for (int64_t w = 0; w < z.V; ++w) {
+    for (int64_t w = one ? v : 0; w < z.V; ++w) {
       if (s.S > 1 || z.S > 1) std::fill_n(static_cast<A*>(sums), P.samples * Q.samples, A(0));
       for (int64_t q = 0; q < Q.panels; ++q)
         for (int64_t r = 0; r < bands; ++r) {
@@ -118,13 +119,13 @@ void pair_of_groups(const Positions<T>& left, const Group& P, const Positions<T>
                   {s.O}, inner, rows, cols, false);
           if (s.S == 1 && z.S == 1) {
             multiply<A>(overlap, inner, inner);
-            out.write(inner, W, v, P.first + r * kRows, rows, w, Q.first + q * W, cols, same, P.first == Q.first);
+            out.write(inner, W, v, P.first + r * kRows, rows, w, Q.first + q * W, cols, same, one && v == w);
           } else {
             add_by_sample<A>(overlap, inner, r * kRows, rows, s.S, q * W, cols, z.S, Q.samples, sums);
           }
         }
       if (s.S > 1 || z.S > 1)
-        out.write(sums, Q.samples, v, P.first, P.samples, w, Q.first, Q.samples, same, P.first == Q.first);
+        out.write(sums, Q.samples, v, P.first, P.samples, w, Q.first, Q.samples, same, one && v == w);
     }
 }
 

@@ -6,6 +6,26 @@
 
 namespace torch_curvature::cpu {
 
+// Rows [rows, cols] of values, ld apart, written or added to rows `stride` apart.
+template <class T, class A>
+CURVATURE_CLONES void put_rows(const A* __restrict__ x, int64_t ld, int64_t rows, int64_t cols, T* __restrict__ to,
+                               int64_t stride, bool add) {
+  for (int64_t r = 0; r < rows; ++r, x += ld, to += stride) {
+    if (add)
+      for (int64_t c = 0; c < cols; ++c) to[c] = static_cast<T>(static_cast<A>(to[c]) + x[c]);
+    else if (std::is_same_v<T, A> && cols == kRows)  // no call for a few bytes
+      __builtin_memcpy(to, x, kRows * sizeof(T));
+    else
+      for (int64_t c = 0; c < cols; ++c) to[c] = static_cast<T>(x[c]);
+  }
+}
+
+// The transpose of a tile of at most kCols rows and columns; rows of the result kCols apart.
+template <class A>
+CURVATURE_CLONES void transpose_tile(const A* x, int64_t ld, int64_t rows, int64_t cols, A* __restrict__ out) {
+  transpose_rows<A, A>(x, ld, rows, cols, out);
+}
+
 // out [V, N, V2, N2], written or added to.
 template <class T>
 struct GramOutput {
@@ -19,27 +39,30 @@ struct GramOutput {
   void put(int64_t v, int64_t n, int64_t w, int64_t m, A value) const { put(row(v, n, w)[m], value); }
 
   // Values [rows, cols], ld apart, of (v, n0..) by (w, m0..). In the symmetric case also the mirrored ones; in a block
-  // on the diagonal, where both of a pair are computed, the first of the two counts for both.
+  // on the diagonal (v = w, the same samples), where both of a pair are computed, the first of the two counts for both.
   void write(const A* x, int64_t ld, int64_t v, int64_t n0, int64_t rows, int64_t w, int64_t m0, int64_t cols,
              bool same, bool diagonal) const {
+    if (!(same && diagonal)) {
+      put_rows<T, A>(x, ld, rows, cols, row(v, n0, w) + m0, V2 * N2, add);
+      constexpr int64_t W = kCols<A>;
+      alignas(64) A turned[W * W];
+      for (int64_t r = 0; same && r < rows; r += W)
+        for (int64_t c = 0; c < cols; c += W) {
+          transpose_tile<A>(x + r * ld + c, ld, std::min(W, rows - r), std::min(W, cols - c), turned);
+          put_rows<T, A>(turned, W, std::min(W, cols - c), std::min(W, rows - r), row(w, m0 + c, v) + n0 + r, V2 * N2,
+                         add);
+        }
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       T* to = row(v, n0 + r, w) + m0;
-      if (!(same && diagonal)) {
-        for (int64_t c = 0; c < cols; ++c) put(to[c], x[r * ld + c]);
-        continue;
-      }
       for (int64_t c = 0; c < cols; ++c) {
         const int64_t n = n0 + r, m = m0 + c;
-        if (n > m || (n == m && v > w)) continue;
+        if (n > m) continue;
         put(to[c], x[r * ld + c]);
-        if (n != m || v != w) put(w, m, v, n, x[r * ld + c]);
+        if (n != m) put(w, m, v, n, x[r * ld + c]);
       }
     }
-    if (same && !diagonal)
-      for (int64_t c = 0; c < cols; ++c) {
-        T* to = row(w, m0 + c, v) + n0;
-        for (int64_t r = 0; r < rows; ++r) put(to[r], x[r * ld + c]);
-      }
   }
 };
 
