@@ -39,6 +39,10 @@ def _fits(value: Tensor, node: Any, lead: int) -> bool:
     return value.shape[lead:] == _shape(node) and value.dtype == node._input_metadata[0].dtype
 
 
+def _shares_memory(x: Tensor, y: Tensor) -> bool:
+    return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
+
+
 def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
 
@@ -83,10 +87,14 @@ def _relu(node: Any, G: Tensor) -> Tensor:
     return found
 
 
-def _elementwise(node: Any, G: Tensor) -> Tensor:
-    """Times the derivative, which is what autograd's own formula makes of ones."""
+def _slope(node: Any, G: Tensor) -> Tensor:
+    """Derivative of an elementwise function: what autograd's own formula makes of ones."""
     slope: Tensor = node(torch.ones(_shape(node), dtype=G.dtype, device=G.device))
-    return G * slope
+    return slope
+
+
+def _elementwise(node: Any, G: Tensor) -> Tensor:
+    return G * _slope(node, G)
 
 
 def _add_back(node: Any, G: Tensor, input: int) -> Tensor | None:
@@ -132,6 +140,13 @@ KINDS: dict[str, Kind] = {
     "UnsafeViewBackward0": _VIEW,
     "ReshapeAliasBackward0": _VIEW,
     "TBackward0": _alike(lambda node, x: x.mT),
+}
+# Elementwise kinds where what arrives is needed nowhere else: fewer fresh pages, which cost more than the arithmetic.
+IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "ReluBackward0": lambda node, G: torch.ops.aten.threshold_backward.grad_input(
+        G, node._saved_result, 0, grad_input=G
+    ),
+    **{f"{name}Backward0": lambda node, G: G.mul_(_slope(node, G)) for name in _SMOOTH},
 }
 LEAF = "torch::autograd::AccumulateGrad"
 
@@ -189,16 +204,22 @@ def pull_back(outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor) -
         if node in targets or any(child in leading for child, _ in node.next_functions):
             leading.add(node)
     arrived: dict[Any, Tensor] = {outputs.grad_fn: columns}
+    fresh = set()  # nodes at which has arrived what nobody else has
     for node in reversed(nodes):
         if node not in leading or node not in arrived:
             continue
-        for input, (child, _) in enumerate(node.next_functions):
-            if child not in leading:
-                continue
-            part = KINDS[node.name()].back(node, arrived[node], input)
+        G, name, last_use = arrived[node], node.name(), node in fresh and node not in targets
+        inputs = [(i, child) for i, (child, _) in enumerate(node.next_functions) if child in leading]
+        for input, child in inputs:
+            in_place = last_use and name in IN_PLACE
+            part = IN_PLACE[name](node, G) if in_place else KINDS[name].back(node, G, input)
             if part is None or not _fits(part, child, 1):
                 return None
-            arrived[child] = part if child not in arrived else arrived[child] + part
+            if child in arrived:
+                part = arrived[child] + part
+            if not _shares_memory(part, G) or (last_use and len(inputs) == 1):
+                fresh.add(child)
+            arrived[child] = part
         if node not in targets:
             del arrived[node]
     return [arrived.get(edge.node) for edge in edges]

@@ -71,8 +71,10 @@ def test_every_known_node(name: str) -> None:
     columns = torch.randn(5, *outputs.shape)
     edges = [get_gradient_edge(z), get_gradient_edge(outputs)]
     truth = torch.autograd.grad(outputs, edges, columns, is_grads_batched=True, retain_graph=True)
+    kept = columns.clone()
     found = nodes.pull_back(outputs, edges, columns)
     assert found is not None
+    assert torch.equal(columns, kept)
     for ours, theirs in zip(found, truth, strict=True):
         assert ours is not None
         assert not ours.requires_grad
@@ -86,6 +88,26 @@ def test_every_known_node(name: str) -> None:
     assert ahead is not None
     assert not ahead.requires_grad
     close(ahead, expected)
+
+
+def test_what_arrives_in_several_places_is_not_overwritten() -> None:
+    """One term passed on to two functions, to one function twice, past a function, and asked for on the way."""
+    u = nn.Parameter(torch.randn(4, 4))
+    z = torch.randn(N, 4) @ u
+    a = z @ u
+    b = a.relu() + a.tanh()
+    c = (b + b).view(2, 2, 4).view(N, 4)
+    outputs = (torch.sigmoid(c) + (c.relu() + c)).relu() @ u
+    edges = [get_gradient_edge(t) for t in (z, a, b, c, outputs)]
+    columns = torch.randn(5, *outputs.shape)
+    truth = torch.autograd.grad(outputs, edges, columns, is_grads_batched=True, retain_graph=True)
+    found = nodes.pull_back(outputs, edges, columns)
+    assert found is not None
+    for ours, theirs in zip(found, truth, strict=True):
+        close(ours, theirs)
+    for edge, theirs in zip(edges, truth):
+        (ours,) = nodes.pull_back(outputs, [edge], columns)
+        close(ours, theirs)
 
 
 def test_every_known_kind_has_a_graph() -> None:
@@ -146,6 +168,7 @@ def test_a_proved_plan_needs_no_batched_pass(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_node_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = nodes.KINDS["TanhBackward0"]
+    monkeypatch.setitem(nodes.IN_PLACE, "TanhBackward0", lambda node, G: G.mul_(2))
     monkeypatch.setitem(
         nodes.KINDS, "TanhBackward0", nodes.Kind(lambda node, G, i: 2 * wrong.back(node, G, i), lambda node, t: t[0])
     )
