@@ -142,15 +142,12 @@ struct TensorTile {
 #pragma unroll 1  // the fragments of two steps at once would take too many registers
     for (int k = 0; k < kDepth; k += 2 * kGroup) {
       uint32_t a[kBlockRows][4], b[kBlockRows / 2][4];
-      load_rows(a, x[0], k);
+      load_rows(a, x[0], k), load_columns(b, y[0], k);
+      mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
       if constexpr (Format::kParts == 2) {
         load_columns(b, y[1], k);
         mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
-      }
-      load_columns(b, y[0], k);
-      mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
-      if constexpr (Format::kParts == 2) {
-        load_rows(a, x[1], k);
+        load_rows(a, x[1], k), load_columns(b, y[0], k);
         mma_tiles<typename Format::Number, kBlockRows, kBlockRows>(c, a, b);
       }
     }

@@ -36,9 +36,9 @@ def float64() -> Loop:
 def tensor(edge: int, steps: int, products: int = 1) -> Loop:
     """Of a warp's edge / 2 x edge / 4 results: blocks of 16 rows, as many of 8 columns, in `steps` of the depth; four
     fragments of rows, or two pairs of fragments of columns, a load. A split product takes three, between which one
-    operand is loaded anew: columns, then rows."""
+    operand is loaded anew: columns, then both."""
     blocks = edge // 32
-    loads = {1: blocks + blocks // 2, 3: 2 * blocks + 2 * (blocks // 2)}[products]
+    loads = {1: blocks + blocks // 2, 3: 2 * blocks + 3 * (blocks // 2)}[products]
     return Loop("HMMA", products * blocks * blocks * steps, "LDSM", loads * steps)
 
 
