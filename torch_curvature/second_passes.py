@@ -13,7 +13,7 @@ derivatives are those of ``c . u``: the residual.  What ``c`` changes by is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class SecondPasses:
         self.dtype = working_dtype(max(dtypes, key=lambda dtype: dtype.itemsize))  # of all that is contracted
         self.cotangent = (bound.gradient() * scale).to(outputs.dtype).detach().requires_grad_()
         self._places: dict[int, Tensor | None] = {}
-        self._batched = True
+        # All columns at once; a way that fails is not tried again.
+        self._ways: list[Callable[..., Sequence[Tensor | None]]] = [_mapped, partial(_backward, batched=True)]
 
     def has_break(self) -> bool:
         """Whether a function of the model declares that it can be differentiated once only.
@@ -93,31 +94,20 @@ class SecondPasses:
 
     def pull(self, roots: Roots, inputs: Sequence[Any], vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """Columns [K, *root] pulled back to [K, *input], None where nothing arrives."""
-
-        def backward(cotangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(
-                list(roots),
-                list(inputs),
-                list(cotangents),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-
         live = [i for i, root in enumerate(roots) if root.requires_grad]
         roots, vectors = [roots[i] for i in live], [vectors[i] for i in live]
         if not roots:
             return [None] * len(inputs)
         K = vectors[0].shape[0]
-        if K > 1 and self._batched:
+        while K > 1 and self._ways:
             try:
-                return list(backward(vectors, True))
+                return list(self._ways[0](roots, inputs, vectors))
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                self._batched = False
+                del self._ways[0]
         try:
-            each = [backward([v[k] for v in vectors], False) for k in range(K)]
+            each = [_backward(roots, inputs, [v[k] for v in vectors], False) for k in range(K)]
         except (RuntimeError, NotImplementedError) as error:
             clear = self.explain(error)
             if clear is None:
@@ -265,6 +255,26 @@ class SecondPasses:
                 own = self.read(edge, pulled)  # [stop - start, N, Z]
                 parts.append(own[:, :, start:stop].diagonal(dim1=0, dim2=2))
         return torch.cat(parts, 1) if parts else None
+
+
+def _backward(roots: Roots, inputs: Sequence[Any], columns: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(
+        list(roots), list(inputs), list(columns), retain_graph=True, allow_unused=True, is_grads_batched=batched
+    )
+
+
+def _mapped(roots: Roots, inputs: Sequence[Any], columns: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """All columns at once by torch.func: it has rules for more functions than autograd's own batching."""
+    reached: list[bool] = []
+
+    def one(*column: Tensor) -> tuple[Tensor, ...]:
+        found = _backward(roots, inputs, column, False)
+        reached[:] = [d is not None for d in found]
+        return column[0].new_zeros(()), *[d for d in found if d is not None]  # vmap wants some result
+
+    _, *arrived = torch.func.vmap(one)(*columns)
+    rest = iter(arrived)
+    return [next(rest) if there else None for there in reached]
 
 
 def has_break(tensors: Sequence[Tensor]) -> bool:
