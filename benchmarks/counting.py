@@ -50,7 +50,7 @@ def count(p: Problem, quantity: str) -> tuple[float, float]:
         quantity
     )
     total = 0.0
-    for n, S, O, I, _ in found:
+    for n, S, O, I, first in found:
         formed = 2.0 * n * S * O * I
         if quantity in ("blocks", "dense"):
             total += (O * I) ** 2
@@ -68,7 +68,7 @@ def count(p: Problem, quantity: str) -> tuple[float, float]:
             total += O * O + I * I
             flops += n * S * I * I + V * n * S * O * O
         elif quantity == "product":
-            flops += 5 * formed
+            flops += (3 if first else 5) * formed  # a tangent and a derivative of the input: not of the first
     if quantity == "dense":  # pairs of different layers: one product of unpacked pairs, mirrored
         for i, (n, S, O, I, _) in enumerate(found):
             for _, S2, O2, I2, _ in found[i + 1 :]:
