@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from .backprop import Backpropagation
 from .capture import Capture
@@ -25,6 +26,8 @@ from .nodes import pull_back
 from .plan import working_dtype
 
 Roots = Sequence[Tensor]
+
+BREAK = "Error"  # the node that stands for a missing derivative
 
 
 class SecondPasses:
@@ -61,13 +64,15 @@ class SecondPasses:
         # All columns at once; a way that fails is not tried again.
         self._ways: list[Callable[..., Sequence[Tensor | None]]] = [_mapped, partial(_backward, batched=True)]
 
-    def has_break(self) -> bool:
-        """Whether a function of the model declares that it can be differentiated once only.
+    @cached_property
+    def kinds(self) -> frozenset[str | type]:
+        """Kinds of nodes that the outputs and the first derivatives were made by.
 
-        Autograd would take its first derivative for a constant without a word.
+        Where `BREAK` is among them, a function of the model declares that it can be differentiated once only:
+        autograd would take its first derivative for a constant without a word.
         """
         edges, gradients = self._first
-        return has_break([g for g in [*edges, *gradients.values()] if g is not None])
+        return kinds_of_nodes([self.captured.outputs, *edges, *gradients.values()])
 
     @cached_property
     def _first(self) -> tuple[list[Tensor | None], dict[str, Tensor]]:
@@ -277,19 +282,20 @@ def _mapped(roots: Roots, inputs: Sequence[Any], columns: Sequence[Tensor]) -> S
     return [next(rest) if there else None for there in reached]
 
 
-def has_break(tensors: Sequence[Tensor]) -> bool:
-    """Whether a node that stands for a missing derivative is in the graph of one of the tensors."""
-    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+def kinds_of_nodes(tensors: Sequence[Tensor | None]) -> frozenset[str | type]:
+    """Kinds of the nodes in the graphs of the tensors: torch's own by name, a user's function by its class."""
+    waiting = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
     seen = set(waiting)
+    kinds: set[str | type] = set()
     while waiting:
         node = waiting.pop()
-        if type(node).__name__ == "Error":
-            return True
+        kind = type(node)
+        kinds.add(kind if issubclass(kind, BackwardCFunction) else kind.__name__)
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 waiting.append(after)
-    return False
+    return frozenset(kinds)
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

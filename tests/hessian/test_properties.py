@@ -166,3 +166,31 @@ def test_nothing_is_left_behind(name: str) -> None:
         assert not p.requires_grad or torch.equal(p.grad, torch.ones_like(p))
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+class ProductOfTwo(torch.autograd.Function):
+    """``(x, y) -> (x y, y)``, whose backward takes x for a constant: right once, not symmetric twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.stack([x[:, 0] * x[:, 1], x[:, 1]], 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.stack([g[:, 0] * x[:, 1], g[:, 0] * x[:, 0].detach() + g[:, 1]], 1)
+
+
+class WrongTwice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ProductOfTwo.apply(x)
+
+
+def test_a_function_exchanged_after_the_symmetry_check_is_checked() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    data = (torch.randn(6, 3), torch.randn(6, 2))
+    tc.Hessian(model, nn.MSELoss(), data).dense()
+    model[1] = WrongTwice()  # the calls on parameters stay what they were
+    with pytest.raises(tc.UnsupportedModelError, match=r"1 \(WrongTwice\) has a wrong one"):
+        tc.Hessian(model, nn.MSELoss(), data).dense()

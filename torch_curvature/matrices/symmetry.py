@@ -17,27 +17,30 @@ from ..layers.twice import TWICE_DIFFERENTIABLE
 from ..plan import TOLERANCE, Plan
 from ..recorder import Recorder, UnsupportedModelError
 from ..second_order import SecondOrder
-from ..second_passes import has_break
+from ..second_passes import BREAK, kinds_of_nodes
 
 ONCE = "a backward that is marked as once differentiable"
 MISSING = ("not implemented", "differentiate twice", "does not require grad", "not differentiable twice")
 
-# Plans under which the two products agreed and did not vanish, of the Hessian (True) and of the residual.
-SYMMETRIC: weakref.WeakKeyDictionary[nn.Module, list[tuple[Plan, bool]]] = weakref.WeakKeyDictionary()
+# Plans and kinds of nodes under which the two products agreed and did not vanish, of the Hessian (True) and of the
+# residual. A plan knows the calls on parameters alone, not the activations between them, which may be exchanged.
+Passed = tuple[Plan, "frozenset[str | type]", bool]
+SYMMETRIC: weakref.WeakKeyDictionary[nn.Module, list[Passed]] = weakref.WeakKeyDictionary()
 
 
 def check_second_derivatives(second: SecondOrder, curved: bool, batch: Any, probe: bool) -> None:
     """Look for functions that can be differentiated only once; with ``probe`` compare ``v . H w`` with ``w . H v``.
 
-    They are compared once for the same calls on tensors of the same shapes, as closed rules are checked.
+    They are compared once for the same functions on tensors of the same shapes.
 
     Raises:
         UnsupportedModelError: there is one, or the products differ by more than rounding; names the module.
     """
-    if second.has_break():
+    if BREAK in second.kinds:
         raise _no_second_derivative(batch, ONCE)
     known = SYMMETRIC.setdefault(batch.matrix.model, [])
-    if not probe or any(plan is second.pass_.plan and same == curved for plan, same in known):
+    plan, kinds = second.pass_.plan, second.kinds
+    if not probe or any(p is plan and k == kinds and c == curved for p, k, c in known):
         return
     parameters = second.parameters
     generator = torch.Generator().manual_seed(90210)
@@ -53,7 +56,7 @@ def check_second_derivatives(second: SecondOrder, curved: bool, batch: Any, prob
     if (there - back).abs() <= TOLERANCE[batch.matrix._precision(second)] * size:
         if bool(size > 0):  # where all vanishes nothing was shown
             del known[: max(0, len(known) - 255)]
-            known.append((second.pass_.plan, curved))
+            known.append((plan, kinds, curved))
         return
     where = _suspects(batch) or _worst_pair(second, curved, directions)
     raise UnsupportedModelError(
@@ -150,7 +153,7 @@ def _fault(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -
             slope = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype, device=output.device)
             value = (output * slope.view_as(output)).square().sum()
             first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-        if has_break([g for g in first if g is not None]):
+        if BREAK in kinds_of_nodes(first):
             return f"has none: {ONCE}"
         return _asymmetry(leaves, first)
     except (RuntimeError, NotImplementedError) as error:
