@@ -288,7 +288,7 @@ class Hessian(SecondOrderMatrix):
     Args:
         model, loss_fn, data, forward, memory_budget, progress: as :class:`GaussNewton`.
         check_symmetry: compare ``v . H w`` with ``w . H v`` for random v, w on the first batch, once for the same
-            model and shapes: a second derivative that is wrong in torch, or in a user's own backward, mostly shows
+            functions and shapes: a second derivative that is wrong in torch, or in a user's own backward, mostly shows
             there. What stays symmetric does not: an elementwise function whose own backward detaches what it saved
             silently loses a term. Write such a backward without ``detach``, or mark it ``once_differentiable``: then
             it is refused by name.
