@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .call import Call, rows_of_input
 from .checks import check_class_weight, check_tensor, raise_if
+from .small_batches import softmax_targets
 from .softmax import SoftmaxLoss
 
 
@@ -35,8 +36,8 @@ def check_class_axis(call: Call) -> None:
         )
 
 
-def read_class_indices(call: Call) -> tuple[Tensor, Tensor, list[tuple[Tensor, str]]]:
-    """Targets `[N, D]` with ignored ones and padding set to class 0, `valid [N, D]`, and the checks to make."""
+def class_indices(call: Call) -> Tensor:
+    """Targets `[N, D]` as given, as int64."""
     target, name = check_tensor(call.name, "target", call.target, call.input), call.name
     expected = [call.input.shape[0], *call.input.shape[2:]]
     if target.is_floating_point() or target.dtype not in (torch.int64, torch.uint8):
@@ -50,24 +51,75 @@ def read_class_indices(call: Call) -> tuple[Tensor, Tensor, list[tuple[Tensor, s
             f"{name}: target of class indices must have shape {expected} for an input of shape "
             f"{list(call.input.shape)} (classes on axis 1), got {list(target.shape)}."
         )
-    y = call.layout.rows(target.reshape(-1).long())
+    return call.layout.rows(target.reshape(-1).long())
+
+
+def _outside(call: Call) -> str:
+    return (
+        f"{call.name}: target holds a class index outside [0, {call.layout.classes - 1}] that is not "
+        f"ignore_index={call.arguments['ignore_index']}."
+    )
+
+
+def _not_a_number(call: Call) -> str:
+    return f"{call.name}: outputs hold NaN or +infinity (or only -infinity at a position)."
+
+
+def read_class_indices(call: Call) -> tuple[Tensor, Tensor, list[tuple[Tensor, str]]]:
+    """Targets `[N, D]` with ignored ones and padding set to class 0, `valid [N, D]`, and the checks to make."""
+    y = class_indices(call)
     valid = y != call.arguments["ignore_index"]
     if call.layout.mask is not None:
         valid = valid & call.layout.mask
     outside = (valid & ((y < 0) | (y >= call.layout.classes))).any()
-    message = (
-        f"{name}: target holds a class index outside [0, {call.layout.classes - 1}] that is not "
-        f"ignore_index={call.arguments['ignore_index']}."
-    )
-    return torch.where(valid, y, 0), valid, [(outside, message)]
+    return torch.where(valid, y, 0), valid, [(outside, _outside(call))]
+
+
+def _logits(call: Call) -> Tensor:
+    return call.layout.read(call.outputs.detach().to(call.input.dtype))
 
 
 def _softmax(call: Call) -> tuple[Tensor, tuple[Tensor, str]]:
-    p = call.layout.read(call.outputs.detach().to(call.input.dtype)).softmax(-1)
-    return p, (p.isnan().any(), f"{call.name}: outputs hold NaN or +infinity (or only -infinity at a position).")
+    p = _logits(call).softmax(-1)
+    return p, (p.isnan().any(), _not_a_number(call))
+
+
+def _from_plain_indices(call: Call) -> SoftmaxLoss | None:
+    """Without weights and smoothing, in one pass; None where :func:`_from_indices` must do it."""
+    if call.layout.mask is not None:
+        return None
+    y, ignored, classes = class_indices(call), call.arguments["ignore_index"], call.layout.classes
+    found = softmax_targets(_logits(call), y, ignored)
+    if found is None:
+        return None
+    if found.outside or found.nan:
+        raise ValueError(_outside(call) if found.outside else _not_a_number(call))
+    valid = found.valid
+
+    def subtract_target(g: Tensor) -> Tensor:
+        return g.scatter_add_(-1, torch.where(valid != 0, y, 0).unsqueeze(-1), -valid.unsqueeze(-1))
+
+    def sum_of(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.reshape(-1, classes), y.reshape(-1), ignore_index=ignored, reduction="sum")
+
+    return SoftmaxLoss(
+        call.name,
+        call.outputs,
+        call.layout,
+        call.denominator(found.total),
+        probabilities=found.p,
+        mass=valid,
+        subtract_target=subtract_target,
+        sum_of=sum_of,
+        unweighted=found.every,
+    )
 
 
 def _from_indices(call: Call, target: Tensor, weight: Tensor | None, smoothing: float) -> SoftmaxLoss:
+    if weight is None and not smoothing:
+        plain = _from_plain_indices(call)
+        if plain is not None:
+            return plain
     y, valid, checks = read_class_indices(call)
     p, finite = _softmax(call)
     classes, ignored = call.layout.classes, call.arguments["ignore_index"]

@@ -29,9 +29,14 @@ class Slots:
     def pack(cls, active: Tensor) -> Slots:
         """Slots of the positions where `active [N, D]` (one host sync, two where some do not count)."""
         if active.shape[0] > 0 and bool(active.all()):
-            return cls(torch.arange(active.shape[1], device=active.device).expand(active.shape), True)
+            return cls.every(active)
         most = int(active.sum(dim=1).max()) if active.numel() else 0
         return cls((~active).to(torch.uint8).argsort(dim=1, stable=True)[:, :most])
+
+    @classmethod
+    def every(cls, positions: Tensor) -> Slots:
+        """A slot for each of the positions `[N, D]`."""
+        return cls(torch.arange(positions.shape[1], device=positions.device).expand(positions.shape), True)
 
     @property
     def count(self) -> int:

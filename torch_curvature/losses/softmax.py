@@ -27,6 +27,7 @@ from torch import Tensor
 from .interface import BoundLoss, Columns, check_products, working_dtype
 from .layout import Layout
 from .slots import Slots
+from .small_batches import softmax_columns
 
 
 class SoftmaxLoss(BoundLoss):
@@ -43,18 +44,20 @@ class SoftmaxLoss(BoundLoss):
         mass: Tensor,
         subtract_target: Callable[[Tensor], Tensor],
         sum_of: Callable[[Tensor], Tensor],
+        unweighted: bool = False,
     ) -> None:
         self.name, self.outputs, self.layout, self.denominator = name, outputs, layout, denominator
         self._p, self._mass = probabilities, mass
         self._subtract_target, self._sum_of = subtract_target, sum_of
+        self._unweighted = unweighted  # every mass is known to be one
 
     @cached_property
     def _slots(self) -> Slots:
-        return Slots.pack(self._mass != 0)
+        return Slots.every(self._mass) if self._unweighted else Slots.pack(self._mass != 0)
 
     @cached_property
     def _signed(self) -> bool:
-        return bool((self._mass < 0).any())
+        return not self._unweighted and bool((self._mass < 0).any())
 
     def value(self) -> Tensor:
         return self._sum_of(self.layout.read(self.outputs.to(working_dtype(self.outputs))))
@@ -72,16 +75,9 @@ class SoftmaxLoss(BoundLoss):
     def _block(self, first: int, last: int, low: int, high: int) -> tuple[Tensor, Tensor | None]:
         """Columns low to high of the closed-form factor, `[s, c, N, K]`."""
         p, mass = self._slots.take(self._p, first, last), self._slots.take(self._mass, first, last)
-        by_class = p.mT.contiguous()
-        tail = by_class.flip(1).cumsum(1).flip(1)
-        here, after = tail[:, low:high], tail[:, low + 1 : high + 1].sqrt()
-        # nothing is left of a tail that has vanished: 0 / 0 and x / 0 are zero
-        ratio = (by_class[:, low:high] / here).nan_to_num_(0.0).sqrt_().mul_(mass.abs().sqrt_().unsqueeze(1))
-        below = (ratio / after).nan_to_num_(0.0, posinf=0.0).neg_()
-        k = torch.arange(p.shape[-1], device=p.device)
-        s = p.unsqueeze(1) * below.unsqueeze(-1)
-        s *= (k > k[low:high, None]).unsqueeze(1)
-        s.diagonal(offset=low, dim1=1, dim2=3).copy_(ratio.mul_(after).mT)
+        s = softmax_columns(p, mass, low, high)
+        if s is None:
+            s = _columns(p, mass, low, high)
         sign = mass.sign().unsqueeze(1).expand(s.shape[:3]) if self._signed else None
         return s, sign
 
@@ -123,3 +119,18 @@ def draw_classes(probabilities: Tensor, samples: int, generator: torch.Generator
         return flat.new_zeros((samples, *probabilities.shape[:-1]), dtype=torch.long)
     drawn = torch.multinomial(flat, samples, replacement=True, generator=generator)
     return drawn.T.reshape(samples, *probabilities.shape[:-1])
+
+
+def _columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor:
+    """Columns low to high of a square root of `|mass| (diag p - p p^T)`: `[s, N, K], [s, N]` to `[s, c, N, K]`."""
+    by_class = p.mT.contiguous()
+    tail = by_class.flip(1).cumsum(1).flip(1)
+    here, after = tail[:, low:high], tail[:, low + 1 : high + 1].sqrt()
+    # nothing is left of a tail that has vanished: 0 / 0 and x / 0 are zero
+    ratio = (by_class[:, low:high] / here).nan_to_num_(0.0).sqrt_().mul_(mass.abs().sqrt_().unsqueeze(1))
+    below = (ratio / after).nan_to_num_(0.0, posinf=0.0).neg_()
+    k = torch.arange(p.shape[-1], device=p.device)
+    s = p.unsqueeze(1) * below.unsqueeze(-1)
+    s *= (k > k[low:high, None]).unsqueeze(1)
+    s.diagonal(offset=low, dim1=1, dim2=3).copy_(ratio.mul_(after).mT)
+    return s

@@ -1,0 +1,126 @@
+// What softmax cross entropy needs of small batches, in one pass each: in torch it is forty operators on tiny tensors.
+//
+// These are helpers of the losses for the CPU, declared here: elsewhere, and where something is differentiated, the
+// losses write the same in operators of torch.
+//
+// softmax_targets: u [R, K] logits, y [R] classes -> p [R, K] softmax(u), valid [R] 1 where y is not `ignored` and 0
+// where it is, found [3] in float64: the number of valid rows, of valid rows whose y is no class, of values of p that
+// are NaN. 3 R K flops and R K exponentials; bytes of u and p once.
+//
+// softmax_columns: p [S, N, K], mass [S, N] -> out [S, high - low, N, K], columns low <= k < high of a square root of
+// |mass| (diag p - p p^T). With the tails r_k = p_k + ... + p_K (nothing beyond K), column k is, times sqrt |mass|,
+//   sqrt(p_k r_{k+1} / r_k) at k,   -p_j sqrt(p_k / (r_k r_{k+1})) at j > k,   0 at j < k,
+// 0 / 0 and x / 0 being zero: nothing is left of a tail that has vanished. One thread takes whole rows (s, n); bytes of
+// out once.
+#include "kernel.h"
+
+#include <cmath>
+#include <tuple>
+
+namespace torch_curvature::cpu {
+namespace {
+
+Tensor three_counts() {
+  const int64_t size = 3, stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class T>
+void softmax_row(const T* u, int64_t stride, int64_t K, T* p) {
+  T largest = u[0];
+  for (int64_t k = 1; k < K; ++k) largest = std::max(largest, u[k * stride]);
+  double sum = 0;
+  for (int64_t k = 0; k < K; ++k) sum += p[k] = std::exp(u[k * stride] - largest);
+  const T scale = static_cast<T>(1 / sum);
+  for (int64_t k = 0; k < K; ++k) p[k] *= scale;
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_targets(const Tensor& u, const Tensor& y, int64_t ignored) {
+  CURVATURE_CHECK(
+      u.dim() == 2 && y.dim() == 1 && y.size(0) == u.size(0) && u.size(1) > 0 && y.scalar_type() == ScalarType::Long,
+      "softmax_targets: u [R, K] and y [R] of int64 are needed.");
+  const int64_t R = u.size(0), K = u.size(1);
+  Tensor p = new_result("softmax_targets", u, {R, K}), valid = new_result("softmax_targets", u, {R});
+  Tensor found = three_counts();
+  double* counts = static_cast<double*>(found.data_ptr());
+  counts[0] = counts[1] = counts[2] = 0;
+  dispatch_floating(u.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      const T* x = static_cast<const T*>(u.data_ptr());
+      const int64_t* target = static_cast<const int64_t*>(y.data_ptr());
+      T *to = static_cast<T*>(p.data_ptr()), *flag = static_cast<T*>(valid.data_ptr());
+      for (int64_t r = 0; r < R; ++r) {
+        softmax_row<T>(x + r * u.stride(0), u.stride(1), K, to + r * K);
+        const int64_t c = target[r * y.stride(0)];
+        flag[r] = c != ignored;
+        counts[0] += c != ignored;
+        counts[1] += c != ignored && (c < 0 || c >= K);
+      }
+      for (int64_t i = 0; i < R * K; ++i) counts[2] += to[i] != to[i];
+    } else {
+      CURVATURE_CHECK(false, "softmax_targets: float32 or float64 is needed.");
+    }
+  });
+  return {p, valid, found};
+}
+
+// Columns low to high of one row, `step` apart; `tail` has room for K + 1.
+template <class T>
+CURVATURE_CLONES void columns_of_row(const T* p, int64_t stride, T mass, int64_t K, int64_t low, int64_t high, T* tail,
+                                     T* __restrict__ out, int64_t step) {
+  double sum = 0;
+  tail[K] = 0;
+  for (int64_t k = K; k-- > 0;) tail[k] = static_cast<T>(sum += p[k * stride]);
+  const T scale = std::sqrt(std::abs(mass));
+  for (int64_t k = low; k < high; ++k, out += step) {
+    const T here = tail[k], after = std::sqrt(tail[k + 1]);
+    const T part = here != 0 ? std::sqrt(p[k * stride] / here) * scale : T(0);
+    const T below = after != 0 ? -part / after : T(0);
+    for (int64_t j = 0; j < k; ++j) out[j] = 0;
+    out[k] = part * after;
+    for (int64_t j = k + 1; j < K; ++j) out[j] = p[j * stride] * below;
+  }
+}
+
+Tensor softmax_columns(const Tensor& p, const Tensor& mass, int64_t low, int64_t high) {
+  CURVATURE_CHECK(p.dim() == 3 && mass.dim() == 2 && mass.size(0) == p.size(0) && mass.size(1) == p.size(1) &&
+                      mass.scalar_type() == p.scalar_type() && 0 <= low && low <= high && high <= p.size(2),
+                  "softmax_columns: p [S, N, K] and mass [S, N] of one dtype and 0 <= low <= high <= K are needed.");
+  const int64_t S = p.size(0), N = p.size(1), K = p.size(2), V = high - low;
+  Tensor out = new_result("softmax_columns", p, {S, V, N, K});
+  dispatch_floating(p.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      const T *x = static_cast<const T*>(p.data_ptr()), *weight = static_cast<const T*>(mass.data_ptr());
+      T* to = static_cast<T*>(out.data_ptr());
+      parallel_over(S * N, (V + 1) * K, [&](int64_t begin, int64_t end) {
+        Buffer<T> tail(K + 1);
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t s = r / N, n = r % N;
+          columns_of_row<T>(x + s * p.stride(0) + n * p.stride(1), p.stride(2),
+                            weight[s * mass.stride(0) + n * mass.stride(1)], K, low, high, tail,
+                            to + (s * V * N + n) * K, N * K);
+        }
+      });
+    } else {
+      CURVATURE_CHECK(false, "softmax_columns: float32 or float64 is needed.");
+    }
+  });
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
+  m.def("softmax_targets(Tensor u, Tensor y, int ignored) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_columns(Tensor p, Tensor mass, int low, int high) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
+  m.impl("softmax_targets", TORCH_BOX(&softmax_targets));
+  m.impl("softmax_columns", TORCH_BOX(&softmax_columns));
+}
+}  // namespace torch_curvature::cpu

@@ -1,0 +1,63 @@
+"""Softmax cross entropy on the CPU in one pass over the logits and one over the columns.
+
+For a batch of a few thousand numbers the forty operators of torch that this takes cost ten times the arithmetic. Where
+these helpers do not apply (another device, a transform of `torch.func`, tensors of a subclass), the caller writes the
+same in operators of torch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.routing import Route, route
+
+_targets = torch.ops.torch_curvature.softmax_targets.default._op
+_columns = torch.ops.torch_curvature.softmax_columns.default._op
+
+# Logits beyond which vector code and threads of torch's softmax are worth more than its calls.
+FEW = 1 << 15
+
+
+class Targets(NamedTuple):
+    """Attributes:
+    p: `[N, D, K]`, softmax of the logits.
+    valid: `[N, D]`, 1 where the target counts and 0 where it is ignored, in the dtype of p.
+    total: 0-dim float64, the number of those that count.
+    outside: among these, targets that are no class.
+    nan: values of p that are NaN.
+    every: none is ignored.
+    """
+
+    p: Tensor
+    valid: Tensor
+    total: Tensor
+    outside: bool
+    nan: bool
+    every: bool
+
+
+def _applies(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and route(x) is Route.KERNEL
+    )
+
+
+def softmax_targets(logits: Tensor, y: Tensor, ignored: int) -> Targets | None:
+    """Of logits `[N, D, K]` and classes `y [N, D]` of int64; None where operators of torch must do it."""
+    if not 0 < logits.numel() <= FEW or type(y) is not Tensor or not _applies(logits):
+        return None
+    p, valid, found = _targets(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), ignored)
+    count, outside, nan = found.tolist()
+    return Targets(p.view(logits.shape), valid.view(y.shape), found[0], outside > 0, nan > 0, count == y.numel())
+
+
+def softmax_columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor | None:
+    """Columns low to high of the square root of `|mass| (diag p - p p^T)`, of `p [s, N, K]` and `mass [s, N]`:
+    `[s, high - low, N, K]`; None where operators of torch must do it."""
+    return _columns(p, mass, low, high) if _applies(p) and _applies(mass) else None
