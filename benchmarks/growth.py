@@ -53,7 +53,7 @@ OPERATORS = [
         {"V": 10, "N": 64, "S": 16, "O": 16, "I": 36},
         "VNSOI",
         tc.ops.gauss_newton_block,
-        lambda V, N, S, O, I: V * N * (S * O * I + _pairs(O * I)),
+        lambda V, N, S, O, I: N * min(S * S * _pairs(O) * _pairs(I), V * (S * O * I + _pairs(O * I))),
     ),
     Growing(
         "gauss_newton_diagonal",

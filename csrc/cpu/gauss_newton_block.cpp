@@ -1,15 +1,17 @@
 // gauss_newton_block: out = sum_vn sign[v, n] vec(J[v, n]) vec(J[v, n])^T, J[v, n] = sum_s g[v, n, s] (x) a[n, s]
 //
 // Shapes: g [V, N, S, O], a [N, S, I], sign [V, N], out [P, P], P = O I. The cheaper by counted multiply-adds of
-//   pairs (S = 1):   sum_n B[n] (x) a a^T with B[n] = sum_v sign g g^T, over pairs o <= p, i <= j  N P^2 / 4 + N V O^2
-//   rank-k update:   J in chunks of rows, upper triangle of J^T J                    V N S P + V N P^2 / 2
-// The update shares rows among the threads where there are many and the result is small, tiles of the result elsewhere.
-// With S = I = 1 it is the sum of g g^T of any rows (n, v), packed from where they lie.
-// Every value of the upper triangle is written to both its places: symmetric to the bit. Bytes moved: the operands, and
-// out, once (tiles shared: once for every chunk of J; rows shared: once for every piece, as partial sums of 8 MB at
-// most).
+//   pairs:           sum_n sum_st B[n, s, t] (x) a_s a_t^T with B[n, s, t] = sum_v sign g_vs g_vt^T, over pairs
+//                    o <= p, i <= j (kronecker_core.h, kronecker_positions.h)     N S^2 P^2 / 4 + N V S^2 O^2
+//   rank-k update:   J in chunks of rows, upper triangle of J^T J                 V N S P + V N P^2 / 2
+// so that with V columns the pairs cost less up to about sqrt(1.4 V) positions. The update shares rows among the
+// threads where there are many and the result is small, tiles of the result elsewhere. With S = I = 1 it is the sum of
+// g g^T of any rows (n, v), packed from where they lie. Every value of the upper triangle is written to both its
+// places: symmetric to the bit. Bytes moved: the operands, and out, once (tiles shared: once for every chunk of J; rows
+// shared: once for every piece, as partial sums of 8 MB at most).
 #include "jacobian.h"
 #include "kronecker_core.h"
+#include "kronecker_positions.h"
 
 namespace torch_curvature::cpu {
 namespace {
@@ -221,6 +223,18 @@ void rank_k(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
     });
 }
 
+// Multiply-adds of one sample in whole tiles, and as many as it takes to form, to pack or to scatter.
+template <class A>
+bool pairs_cost_less(const JacobianSizes& s) {
+  const double V = s.V, S = s.S, O = s.O, P = double(s.O) * s.I, half = kCols<A> / 2;
+  const double rows = V * P * (S + 16) + V * P * P / 2;
+  if (S == 1) return s.I > 1 && P * P / 4 + V * O * O <= rows;
+  double columns = 0;
+  for (const PairTile& t : pair_tiles(s.I, s.I, true)) columns += half * divide_up(t.columns(), kCols<A> / 2);
+  const double pairs = kRows * double(divide_up(s.O * (s.O + 1) / 2, kRows)) * columns;
+  return S * S * (1.4 * pairs + 8 * V * O * O) <= rows;
+}
+
 void block_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& sign, const JacobianSizes& s,
                 Tensor& out) {
   const double P = double(s.O) * s.I, VN = double(s.V) * s.N;
@@ -229,13 +243,13 @@ void block_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& s
     torch::stable::zero_(out);
     return;
   }
-  const double pairs = s.N * (P * P / 4 + double(s.V) * s.O * s.O), rows = VN * P * (s.S + 16) + VN * P * P / 2;
   dispatch_floating(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Jacobian<T> J(g, a, s);
     const Sign<T> signs(sign);
     T* to = static_cast<T*>(out.data_ptr());
-    s.S == 1 && s.I > 1 && pairs <= rows ? by_pairs<T>(J, signs, to) : rank_k<T>(J, signs, to);
+    if (!pairs_cost_less<accumulate_t<T>>(s)) rank_k<T>(J, signs, to);
+    else s.S == 1 ? by_pairs<T>(J, signs, to) : kronecker_positions<T>(J, signs, to);
   });
 }
 

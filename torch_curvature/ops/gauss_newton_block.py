@@ -18,8 +18,15 @@ _RANKS = (4, 3, 2)
 def gauss_newton_block(g: Tensor, a: Tensor, sign: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Block ``sum_vn sign[v, n] vec(J[v, n]) vec(J[v, n])^T`` of ``J[v, n] = sum_s g[v, n, s] (x) a[n, s]``.
 
-    The cheaper by counted cost of a product of packed symmetric pairs (one position per sample) and a rank-k update
-    with chunks of ``J``; symmetric to the bit. Half types are summed in float32.
+    The cheaper by counted multiply-adds of two forms, with P = O I:
+
+    * the Kronecker sum over pairs of positions ``sum_n sum_st B[n, s, t] (x) a[n, s] a[n, t]^T`` with ``B[n, s, t] =
+      sum_v sign g[v, n, s] g[v, n, t]^T``, whose symmetric and antisymmetric halves are products of packed pairs
+      ``o <= p`` by ``i <= j``: ``N S^2 P^2 / 4 + N V S^2 O^2``;
+    * a rank-k update with chunks of ``J``: ``V N S P + V N P^2 / 2``.
+
+    With V columns the first costs less up to about ``sqrt(1.4 V)`` positions: 3 for V = 10. (On CUDA with one position
+    only; elsewhere the second.) Symmetric to the bit. Half types are summed in float32.
 
     Args:
         g: ``[*, V, N, S, O]``, columns of the square root of the loss Hessian, backpropagated to the layer's output.
