@@ -185,13 +185,14 @@ class Backpropagation:
                 outputs, edges, vector, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
 
-        if columns.shape[0] == 1:
-            return [None if d is None else d.unsqueeze(0) for d in backward(columns[0], False)]
+        single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
         known = None
-        if self.plan.by_nodes is not False and not self.captured.record.hooked:
+        if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
             known = pull_back(outputs, edges, columns)
-            if known is not None and self.plan.by_nodes:
+            if known is not None and by_nodes:
                 return known
+        if single:
+            return [None if d is None else d.unsqueeze(0) for d in backward(columns[0], False)]
         found = self._batched(backward, columns)
         if known is not None:
             self.plan.by_nodes = same_derivatives(known, found)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from . import spatial
+
 
 class Kind(NamedTuple):
     """What is known of one kind of node.
@@ -60,7 +62,11 @@ def _product_ahead(mat1: Any, mat2: Any, d1: Tensor | None, d2: Tensor | None) -
 
 
 def _addmm_back(node: Any, G: Tensor, input: int) -> Tensor | None:
-    return _scaled(_product_back(G, node._saved_mat2), node._saved_alpha) if input == 1 else None
+    if input == 0:  # broadcast along the rows, if at all
+        summed = G.sum(1) if len(_shape(node.next_functions[0][0])) == 1 else G
+        return _scaled(summed, node._saved_beta)
+    factor = torch.matmul(node._saved_mat1.T, G) if input == 2 else _product_back(G, node._saved_mat2)
+    return _scaled(factor, node._saved_alpha)
 
 
 def _addmm_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
@@ -75,7 +81,7 @@ def _addmm_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
 
 
 def _mm_back(node: Any, G: Tensor, input: int) -> Tensor | None:
-    return _product_back(G, node._saved_mat2) if input == 0 else None
+    return _product_back(G, node._saved_mat2) if input == 0 else torch.matmul(node._saved_self.T, G)
 
 
 def _mm_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
@@ -83,7 +89,7 @@ def _mm_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
 
 
 def _relu(node: Any, G: Tensor) -> Tensor:
-    found: Tensor = torch.ops.aten.threshold_backward(G, node._saved_result, 0)
+    found: Tensor = torch.ops.aten.threshold_backward(G, spatial.saved_like(node, "_saved_result", G), 0)
     return found
 
 
@@ -129,6 +135,16 @@ _SMOOTH = (
     *("LogSigmoid", "Sin", "Cos", "Exp"),
 )
 _VIEW = Kind(_view_back, _view_ahead)
+SPATIAL = {
+    "CloneBackward0": _alike(lambda node, x: x),  # of images that are brought into another memory format
+    "ConvolutionBackward0": Kind(spatial.convolution_back, spatial.convolution_ahead),
+    "AvgPool2DBackward0": Kind(spatial.average_back, spatial.average_ahead),
+    "AdaptiveAvgPool2DBackward0": Kind(spatial.adaptive_average_back, spatial.adaptive_average_ahead),
+    "MaxPool2DWithIndicesBackward0": Kind(spatial.largest_back, spatial.largest_ahead),
+    "ConstantPadNdBackward0": Kind(spatial.padding_back, spatial.padding_ahead),
+    "NativeBatchNormBackward0": Kind(spatial.normalisation_back, spatial.normalisation_ahead),
+    "MeanBackward1": Kind(spatial.mean_back, spatial.mean_ahead),
+}
 
 KINDS: dict[str, Kind] = {
     "AddmmBackward0": Kind(_addmm_back, _addmm_ahead),
@@ -140,11 +156,12 @@ KINDS: dict[str, Kind] = {
     "UnsafeViewBackward0": _VIEW,
     "ReshapeAliasBackward0": _VIEW,
     "TBackward0": _alike(lambda node, x: x.mT),
+    **SPATIAL,
 }
 # Elementwise kinds where what arrives is needed nowhere else: fewer fresh pages, which cost more than the arithmetic.
 IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "ReluBackward0": lambda node, G: torch.ops.aten.threshold_backward.grad_input(
-        G, node._saved_result, 0, grad_input=G
+        G, spatial.saved_like(node, "_saved_result", G), 0, grad_input=G
     ),
     **{f"{name}Backward0": lambda node, G: G.mul_(_slope(node, G)) for name in _SMOOTH},
 }

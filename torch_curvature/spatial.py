@@ -1,0 +1,277 @@
+"""Derivatives through convolutions and what stands between them in autograd's graph, for many columns at once.
+
+Every node here treats its samples alike, so that columns and samples are one batch to it: ``[V, N, *features]`` is
+``[V N, *features]``. On the CPU columns go through images in the channels-last format, in which torch convolves almost
+twice as fast, and in which what arrives at a layer has the normal form ``g [V, N, S, O]`` without a copy.  What the
+nodes saved is brought into that format once and kept with them, for the columns to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops.pages import in_large_pages
+
+aten = torch.ops.aten
+
+
+def output_shape(node: Any) -> torch.Size:
+    return torch.Size(node._input_metadata[0].shape)
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Images [*, C, H, W] in a precision and on a device for which this was measured."""
+    return x.dim() >= 4 and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The images ``x [R, C, H, W]`` in that format; a copy where they are not."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    R, C, H, W = x.shape
+    return in_large_pages(x, R, H, W, C).permute(0, 3, 1, 2).copy_(x)
+
+
+def kept_channels_last(node: Any, name: str) -> Tensor:
+    """Images that a node saved; the copy stays with the node, that is with the graph."""
+    kept: Tensor | None = node.metadata.get((__name__, name))
+    if kept is None:
+        value = getattr(node, name)
+        kept = channels_last(value)
+        if kept is not value:
+            node.metadata[__name__, name] = kept
+    return kept
+
+
+def saved_like(node: Any, name: str, G: Tensor) -> Tensor:
+    """What a node saved of its output or input, to be combined with images ``G [*, N, C, H, W]`` entry by entry."""
+    value: Tensor = getattr(node, name)
+    if value.dim() == 4 and G.dim() >= 4 and G.stride(-3) == 1 and value.stride(-3) != 1 and prefers_channels_last(G):
+        return kept_channels_last(node, name)
+    return value
+
+
+def _joined(G: Tensor) -> Tensor:
+    """[V, N, *] -> [V N, *], images in the format that suits them."""
+    G = G[0] if G.shape[0] == 1 else G.flatten(0, 1)
+    return channels_last(G) if G.dim() == 4 and prefers_channels_last(G) else G
+
+
+def _parted(x: Tensor, G: Tensor) -> Tensor:
+    """[V N, *] -> [V, N, *]."""
+    return x.unflatten(0, G.shape[:2])
+
+
+def _unfilled(G: Tensor, shape: Sequence[int]) -> Tensor:
+    """Stands for the input where only its shape is asked for: [V N, *]; memory that nobody touches."""
+    images = len(shape) == 4 and prefers_channels_last(G)
+    rows = G.shape[0] * shape[0]
+    form = torch.channels_last if images else torch.contiguous_format
+    return torch.empty((rows, *shape[1:]), dtype=G.dtype, device=G.device, memory_format=form)
+
+
+# ---------------------------------------------------------------------- convolutions
+
+
+def _weight(node: Any, like: Tensor) -> Tensor:
+    weight: Tensor = node._saved_weight
+    return channels_last(weight) if weight.dim() == 4 and prefers_channels_last(like) else weight
+
+
+def _convolution_input(node: Any, like: Tensor) -> Tensor:
+    """What was convolved; where it is the result of a ReLU that node's copy serves both."""
+    if node._saved_input.dim() != 4 or not prefers_channels_last(like):
+        return node._saved_input
+    before = node.next_functions[0][0]
+    if before is not None and before.name() == "ReluBackward0":
+        return kept_channels_last(before, "_saved_result")
+    return kept_channels_last(node, "_saved_input")
+
+
+def _transpose(node: Any, G: Tensor, shape: Sequence[int]) -> Tensor:
+    """The transposed map: of a convolution a transposed convolution of the same weight, and the other way round."""
+    kernel = node._saved_weight.shape[2:]
+    padding, stride, dilation = (
+        tuple(x) * (len(kernel) if len(x) == 1 else 1)  # one number for all axes
+        for x in (node._saved_padding, node._saved_stride, node._saved_dilation)
+    )
+    missing = [0] * len(kernel)
+    if not node._saved_transposed:
+        for axis in range(len(kernel)):
+            reached = (G.shape[2 + axis] - 1) * stride[axis] - 2 * padding[axis]
+            reached += dilation[axis] * (kernel[axis] - 1) + 1
+            missing[axis] = shape[2 + axis] - reached
+    transposed = not node._saved_transposed
+    found: Tensor = aten.convolution(
+        G, _weight(node, G), None, stride, padding, dilation, transposed, missing, node._saved_groups
+    )
+    return found
+
+
+def _weight_gradient(node: Any, G: Tensor) -> Tensor:
+    _, found, _ = aten.convolution_backward(
+        G, _convolution_input(node, G), _weight(node, G), None, node._saved_stride, node._saved_padding,
+        node._saved_dilation, node._saved_transposed, node._saved_output_padding, node._saved_groups,
+        [False, True, False],
+    )  # fmt: skip
+    return found
+
+
+def convolution_back(node: Any, G: Tensor, input: int) -> Tensor | None:
+    if input == 0:
+        shape = output_shape(node.next_functions[0][0])
+        return _parted(_transpose(node, _joined(G), shape), G)
+    if input == 1:
+        return torch.stack([_weight_gradient(node, _joined(column)) for column in G.split(1)])
+    return G.flatten(3).sum((1, 3))
+
+
+def convolution_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    dx, dw, db = tangents
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() == 4 and prefers_channels_last(x):
+            x, weight = channels_last(x), channels_last(weight)
+        found: Tensor = aten.convolution(
+            x, weight, bias, node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
+            node._saved_output_padding, node._saved_groups,
+        )  # fmt: skip
+        return found
+
+    found = None
+    if dw is not None:
+        found, db = apply(_convolution_input(node, dw), dw, db), None
+    if dx is not None:
+        part, db = apply(dx, node._saved_weight, db), None
+        found = part if found is None else found.add_(part)
+    if db is not None:
+        found = db.view(-1, *[1] * (len(output_shape(node)) - 2)).expand(output_shape(node))
+    return found
+
+
+# ---------------------------------------------------------------------- pooling
+
+
+def _pool(node: Any) -> tuple[Any, ...]:
+    options = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_ceil_mode)
+    return (*options, node._saved_count_include_pad, node._saved_divisor_override)
+
+
+def average_back(node: Any, G: Tensor, input: int) -> Tensor:
+    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    return _parted(aten.avg_pool2d_backward(_joined(G), before, *_pool(node)), G)
+
+
+def average_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    found: Tensor | None = None if tangents[0] is None else aten.avg_pool2d(tangents[0], *_pool(node))
+    return found
+
+
+def adaptive_average_back(node: Any, G: Tensor, input: int) -> Tensor:
+    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    return _parted(aten._adaptive_avg_pool2d_backward(_joined(G), before), G)
+
+
+def adaptive_average_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    found: Tensor | None = None
+    if tangents[0] is not None:
+        found = aten._adaptive_avg_pool2d(tangents[0], output_shape(node)[-2:])
+    return found
+
+
+def largest_back(node: Any, G: Tensor, input: int) -> Tensor:
+    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    images = before.dim() == 4 and prefers_channels_last(G)
+    places = kept_channels_last(node, "_saved_result1") if images else node._saved_result1
+    if G.shape[0] > 1:
+        places = places.expand(G.shape[0], *places.shape).flatten(0, 1)
+    options = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
+    found = aten.max_pool2d_with_indices_backward(_joined(G), before, *options, node._saved_ceil_mode, places)
+    return _parted(found, G)
+
+
+def largest_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    if tangents[0] is None:
+        return None
+    places = node._saved_result1
+    return tangents[0].flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+
+
+# ---------------------------------------------------------------------- the rest
+
+
+def _signed(numbers: Sequence[int]) -> list[int]:
+    """What torch holds as unsigned numbers."""
+    return [number - 2**64 if number >= 2**63 else number for number in numbers]
+
+
+def padding_back(node: Any, G: Tensor, input: int) -> Tensor:
+    return _parted(F.pad(_joined(G), [-amount for amount in _signed(node._saved_pad)]), G)
+
+
+def padding_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    return None if tangents[0] is None else F.pad(tangents[0], _signed(node._saved_pad))
+
+
+def _averaged(node: Any, axes: int) -> list[int]:
+    return sorted(axis % axes for axis in _signed(node._saved_dim))
+
+
+def mean_back(node: Any, G: Tensor, input: int) -> Tensor:
+    shape = output_shape(node.next_functions[0][0])
+    axes = _averaged(node, len(shape))
+    for axis in () if node._saved_keepdim else axes:
+        G = G.unsqueeze(1 + axis)
+    count = torch.Size([shape[axis] for axis in axes]).numel()
+    filled = (G / count).expand(G.shape[0], *shape)
+    images = len(shape) == 4 and prefers_channels_last(G)
+    return _parted(_joined(filled), G) if images else filled.contiguous()
+
+
+def mean_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    if tangents[0] is None:
+        return None
+    return tangents[0].mean(_averaged(node, tangents[0].dim()), keepdim=node._saved_keepdim)
+
+
+def _per_channel(values: Tensor, axes: int) -> Tensor:
+    return values.view(-1, *[1] * (axes - 2))
+
+
+def _normalised(node: Any, axes: int) -> tuple[Tensor, Tensor]:
+    """Of batch normalisation by fixed statistics: what it multiplies with, and the input normalised."""
+    spread = (node._saved_running_var + node._saved_eps).rsqrt()
+    scale = spread if node._saved_weight is None else spread * node._saved_weight
+    return _per_channel(scale, axes), _per_channel(spread, axes)
+
+
+def normalisation_back(node: Any, G: Tensor, input: int) -> Tensor | None:
+    if node._saved_training:
+        return None
+    axes = G.dim() - 1
+    scale, spread = _normalised(node, axes)
+    if input == 0:
+        return G * scale
+    if input == 1:
+        G = G * ((node._saved_input - _per_channel(node._saved_running_mean, axes)) * spread)
+    return G.sum([axis for axis in range(1, axes + 1) if axis != 2])
+
+
+def normalisation_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
+    if node._saved_training:
+        raise RuntimeError("batch statistics")
+    dx, dw, db = tangents
+    axes = len(output_shape(node))
+    scale, spread = _normalised(node, axes)
+    terms = [] if dx is None else [dx * scale]
+    if dw is not None:
+        normalised = (node._saved_input - _per_channel(node._saved_running_mean, axes)) * spread
+        terms.append(normalised * _per_channel(dw, axes))
+    if db is not None:
+        terms.append(_per_channel(db, axes).expand(output_shape(node)))
+    return sum(terms[1:], start=terms[0]) if terms else None
