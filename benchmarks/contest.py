@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import environment
 from .kernels import bounds
-from .measure import LONG, Clock, gpu_name, interleaved
+from .measure import LONG, Clock, Run, gpu_name, interleaved
 from .memory import peak_in_fresh_process
 from .operations import operations
 from .workloads import Case, Workload
@@ -26,6 +26,22 @@ def progress(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
+def failure(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"fails: {type(error).__name__}: {message[:160]} ({Path(last.filename).name}:{last.lineno})"
+
+
+def tried(run: Run) -> tuple[str, float]:
+    """A first call of what has no result to check: what went wrong (nothing, if all is well), and its seconds."""
+    start = time.perf_counter()
+    try:
+        run()
+    except Exception as error:
+        return failure(error), 0.0
+    return "", time.perf_counter() - start
+
+
 def check(case: Case, label: str, reference: Tensor):
     """(run, error relative to the reference, seconds of the first call) or the message of what went wrong."""
     try:
@@ -35,9 +51,7 @@ def check(case: Case, label: str, reference: Tensor):
         seconds = time.perf_counter() - start
         found = canonical(result).detach().double().reshape(-1)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        message = (str(error).strip().splitlines() or [""])[0]
-        return None, f"fails: {type(error).__name__}: {message[:160]} ({Path(last.filename).name}:{last.lineno})", 0.0
+        return None, failure(error), 0.0
     expected = reference.reshape(-1)
     if found.shape != expected.shape:
         return None, f"wrong shape: {found.numel()} entries for {expected.numel()}", seconds
@@ -95,9 +109,17 @@ def measure(workload: Workload, device: torch.device, limits: dict[str, float], 
                 progress(f"  {label}: {peak}")
             elif peak == peak:
                 found[label]["peak_MiB"] = pages[label] = peak
+    ways = entry["passes"] = {}
+    for way, run in case.passes.items():
+        message, seconds = tried(run)
+        ways[way] = {"check": message}
+        if not message:
+            label = f"torch's passes, {way}"
+            runs[label], first[label], pages[label] = run, seconds, unknown
     seconds, rounds = (min(options.seconds, 0.3), 7) if options.quick else (options.seconds, 25)
     for label, timing in interleaved(runs, Clock(device), seconds, rounds, first, pages).items():
-        found[label].update(
+        timed = found[label] if label in found else ways[label.removeprefix("torch's passes, ")]
+        timed.update(
             median_ms=timing.median, min_ms=timing.least, spread=timing.spread, rounds=len(timing.milliseconds)
         )
     return entry

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .passes import columns_of
 from .problems import Problem
 
 
@@ -43,7 +44,7 @@ def passes(p: Problem, columns: int) -> float:
 def count(p: Problem, quantity: str) -> tuple[float, float]:
     """(flops, bytes of the result) of a quantity of the mean cross entropy."""
     found = list(layers(p))
-    V, element = p.classes, p.x.element_size()
+    V, element = columns_of(p.classes, quantity), p.x.element_size()
     P, N = p.size, len(p.x)
     flops = {"product": 0.0, "norms": passes(p, 1), "gram": passes(p, 1)}.get(quantity, passes(p, V))
     size = {"diagonal": P, "product": P, "norms": N, "gram": N * N, "kernel": (N * V) ** 2, "dense": P * P}.get(
@@ -54,8 +55,8 @@ def count(p: Problem, quantity: str) -> tuple[float, float]:
         formed = 2.0 * n * S * O * I
         if quantity in ("blocks", "dense"):
             total += (O * I) ** 2
-            square = 2.0 * n * _pairs(O) * _pairs(I) + V * n * O * O if S == 1 else V * (formed + n * (O * I) ** 2)
-            flops += square
+            by_pairs = S * S * n * (2.0 * _pairs(O) * _pairs(I) + V * O * O)
+            flops += by_pairs if S == 1 else min(by_pairs, V * (formed + n * (O * I) ** 2))
         elif quantity == "diagonal":
             flops += 2.0 * n * O * I + 3.0 * V * n * O if S == 1 else V * (formed + 2.0 * n * O * I)
         elif quantity == "norms":

@@ -23,6 +23,24 @@ def best_peer(entry: dict) -> tuple[str, float] | None:
     return min(timed.items(), key=lambda item: item[1]) if timed else None
 
 
+def fastest_passes(entry: dict) -> float | None:
+    """Milliseconds of torch's own passes, the fastest way; nothing where none was timed."""
+    timed = [way["median_ms"] for way in entry.get("passes", {}).values() if "median_ms" in way]
+    return min(timed, default=None)
+
+
+def passes_line(entry: dict) -> str:
+    """How long torch's own passes take, each way, beside the best peer; empty where the workload has none."""
+    ways = entry.get("passes", {})
+    said = "; ".join(
+        f"{name} {way['median_ms']:.3g} ms" if "median_ms" in way else f"{name} {way['check']}"
+        for name, way in ways.items()
+    )
+    fastest, peer = fastest_passes(entry), best_peer(entry)
+    ratio = f"; best peer / passes {peer[1] / fastest:.2f}" if fastest and peer else ""
+    return f"torch's own passes through the model: {said}{ratio}" if ways else ""
+
+
 def table(entry: dict) -> str:
     if "error" in entry:
         return f"### {entry['title']}\n\nfails: {entry['error']}\n"
@@ -34,6 +52,7 @@ def table(entry: dict) -> str:
         f"aim: {entry['target']} times the best peer",
         "",
         *([f"{entry['bounds']}", ""] if "bounds" in entry else []),
+        *([line, ""] if (line := passes_line(entry)) else []),
         "| | ms, median | min | spread | of ours | of floor | peak MiB | error |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from . import functional, hessians, operators, ours, peers, problems
+from . import functional, hessians, operators, ours, passes, peers, problems
 from .counting import count, count_hessian, count_hessian_blocks
 from .ours import Contestant
 from .problems import Problem
@@ -16,13 +16,15 @@ from .problems import Problem
 
 @dataclass
 class Case:
-    """A workload on a device: makers of the contestants, the float64 reference, counted flops and bytes moved."""
+    """A workload on a device: makers of the contestants, the float64 reference, counted flops and bytes moved, and the
+    ways of torch to make the passes through the model that the quantity is made of."""
 
     contestants: dict[str, Callable[[], Contestant]]
     reference: Callable[[], Tensor]
     flops: float
     bytes: float
     tolerance: float = 1e-3
+    passes: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,7 +152,8 @@ def _case(kind: str, N: int, quantity: str, device: torch.device) -> Case:
     counted = {"hessian": count_hessian, "hessian-blocks": count_hessian_blocks}.get(quantity)
     flops, moved = counted(p) if counted else count(p, quantity)
     contestants = {label: (lambda maker=maker: maker(p)) for label, maker in makers.items()}
-    return Case(contestants, lambda: reference(p.to(torch.float64)), flops, moved)
+    ways = passes.of(p, quantity)
+    return Case(contestants, lambda: reference(p.to(torch.float64)), flops, moved, passes=ways)
 
 
 def _workload(quantity: str, kind: str, N: int, title: str, target: str, quick: bool = True) -> Workload:

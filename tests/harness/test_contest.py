@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import environment
-from benchmarks.contest import check
+from benchmarks.contest import check, measure
 from benchmarks.counting import count
 from benchmarks.measure import Clock, interleaved
 from benchmarks.memory import back_pages, peak_in_fresh_process, peak_memory
 from benchmarks.operations import operations
-from benchmarks.problems import make
-from benchmarks.workloads import WORKLOADS, Case
+from benchmarks.passes import COLUMNS, Forward, columns_of, of
+from benchmarks.problems import LOSS, make
+from benchmarks.workloads import WORKLOADS, Case, Workload
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,48 @@ def test_counted_flops_of_a_perceptron() -> None:
     assert moved == 4 * 8
 
 
+def test_cross_entropy_counts_a_column_less_than_classes() -> None:
+    p = make("mlp64", 8, CPU)
+    layers = [(64, 64), (32, 64), (10, 32)]
+    forward = sum(2.0 * 8 * O * I for O, I in layers)
+    for quantity, V in (("kronecker", 9), ("kernel", 10)):
+        own = {
+            "kronecker": sum(8.0 * I * I + V * 8 * O * O for O, I in layers),
+            "kernel": sum(64.0 * (V * V * O + I) for O, I in layers),
+        }[quantity]
+        backward = V * sum(2.0 * 8 * O * I for O, I in layers[1:])
+        assert columns_of(10, quantity) == V
+        assert count(p, quantity)[0] == forward + backward + own
+
+
+@pytest.mark.parametrize("kind", ["mlp64", "cnn", "transformer"])
+def test_torchs_passes_reach_every_layer(kind: str) -> None:
+    """As many columns as the quantity needs, to the output of every layer with parameters, and no weight's gradient."""
+    p = make(kind, 2, CPU)
+    outputs, layers = Forward(p.model)(p.x)
+    with_parameters = [m for m in p.model.modules() if any(True for _ in m.parameters(recurse=False))]
+    assert len(layers) == len(with_parameters)
+    expected = torch.autograd.grad(LOSS(outputs, p.y), layers)
+    torch.testing.assert_close(of(p, "norms")["step"](), expected)
+    assert not any(m._forward_hooks for m in p.model.modules())
+    for quantity in COLUMNS:
+        ways = {name: run() for name, run in of(p, quantity).items()}
+        assert [tuple(g.shape) for g in ways["batched"]] == [
+            (columns_of(p.classes, quantity), *z.shape) for z in layers
+        ]
+        assert [len(x) for x in ways["in turn"]] == [len(layers)] * columns_of(p.classes, quantity)
+    assert all(q.grad is None for q in p.model.parameters())
+    assert of(p, "hessian") == {}
+
+
+def test_torchs_passes_of_a_product_push_the_tangent_and_pull_back() -> None:
+    p = make("mlp64", 4, CPU)
+    one, two = (run() for run in of(p, "product").values())
+    assert [g.shape for g in one] == [q.shape for q in p.model.parameters()]
+    assert len(two) == len(one)
+    assert all(q.grad is None for q in p.model.parameters())
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_peak_memory_of_a_call_in_a_fresh_process(warm: bool) -> None:
     result = 1e6 * 3 * 3 * 4 / 2**20  # outer, 1e6 x 3 x 3
@@ -146,8 +190,31 @@ def test_a_run_writes_figures_and_tables(
         assert contestant.get("peak_MiB", 0) >= 0
     assert entry["operations"] == 1
     assert len(results["machine"]["load_at_start"]) == len(results["machine"]["load_at_end"]) == 3
+    assert entry["passes"] == {}  # a single operator makes none
     assert "| torch_curvature |" in page.read_text()
     assert "| torch_curvature |" in capsys.readouterr().out
+
+
+def test_torchs_passes_are_timed_beside_the_contestants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--no-peers", "--no-memory", "--only", "diagonal-mlp64", "--seconds", "0.01")
+    (entry,) = json.loads(run_command(monkeypatch, tmp_path, *arguments).read_text())["workloads"]
+    assert set(entry["contestants"]) == {"torch_curvature", "plain torch"}
+    assert set(entry["passes"]) == {"batched", "in turn"}
+    assert all(0 < way["min_ms"] <= way["median_ms"] for way in entry["passes"].values())
+
+
+def test_passes_that_fail_are_shown_with_their_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "HOME", tmp_path)
+    case = Case(
+        {"torch_curvature": lambda: (lambda: torch.ones(4), lambda r: r)},
+        lambda: torch.ones(4, dtype=torch.float64), 1.0, 1.0, passes={"one": raises, "other": lambda: None},
+    )  # fmt: skip
+    workload = Workload("name", "title", "2", lambda device: case)
+    options = argparse.Namespace(no_peers=True, quick=True, no_memory=True, seconds=0.01)
+    entry = measure(workload, CPU, {"matmul": 1e9, "copy": 1e9}, options)
+    assert entry["passes"]["one"]["check"].startswith("fails: ValueError: what went wrong (test_contest.py:")
+    assert "median_ms" not in entry["passes"]["one"]
+    assert entry["passes"]["other"]["median_ms"] > 0
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def entry(title: str = "norms", ours: float = 2.0, target: str = "3") -> dict:
     return {
         "name": title, "title": title, "target": target, "floor_ms": 1.0, "compute_ms": 1.0, "memory_ms": 0.5,
         "flops": 1e8, "bytes": 5e6, "operations": 10,
+        "passes": {"batched": timed(1.25), "in turn": timed(1.75), "broken": {"check": "fails: why"}},
         "contestants": {
             "torch_curvature": timed(ours, peak_MiB=7.0), "torch_curvature, .grad too": timed(1.5),
             "plain torch": timed(3.0), "BackPACK": timed(5.0, peak_MiB=70.0), "opacus": timed(8.0),
@@ -46,16 +47,35 @@ def test_the_summary_compares_with_the_best_peer_that_is_right() -> None:
 def test_what_is_missed_is_listed_with_what_the_floor_allows() -> None:
     lines = page.missed(results()).splitlines()
     assert lines == [
-        "- norms: 2.50 of 3; at the floor it would be 5.00",
-        "- fast: 10.00 of 20; at the floor it would be 5.00, so the aim lies beyond the floor",
+        "- norms: 2.50 of 3; at the floor it would be 5.00, at torch's passes alone it would be 4.00",
+        "- fast: 10.00 of 20; at the floor it would be 5.00, at torch's passes alone it would be 4.00, so the aim lies "
+        "beyond the floor and torch's passes alone",
     ]
     assert page.missed({"workloads": [entry(ours=1.0)]}) == "Every aim is reached."
+    slow_passes = {**entry(), "passes": {"step": timed(2.5)}}
+    assert page.missed({"workloads": [slow_passes]}).endswith("2.00, so the aim lies beyond torch's passes alone")
+    without = {k: x for k, x in entry().items() if k != "passes"}  # figures of an operator, or of an earlier run
+    assert page.missed({"workloads": [without]}) == "- norms: 2.50 of 3; at the floor it would be 5.00"
 
 
 def test_what_a_call_consists_of() -> None:
     lines = page.counted(results()).splitlines()
-    assert lines[2] == "| norms | 0.1 | 5 | 1 | 0.5 | 10 | 2 | 100 |"
+    assert lines[2] == "| norms | 0.1 | 5 | 1 | 0.5 | 1.25 | 4.00 | 3 | 10 | 2 | 100 |"
     assert len(lines) == 4  # what failed has no line
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 0.5 |  |  | 3 |" in page.counted({"workloads": [{**entry(), "passes": {}}]})
+
+
+def test_torchs_own_passes_are_shown_but_are_no_contestant() -> None:
+    fast = {**entry(), "passes": {"step": timed(0.001)}}
+    assert report.best_peer(fast) == report.best_peer(entry()) == ("BackPACK", 5.0)
+    assert report.best_other(fast) == report.best_other(entry())
+    assert report.summary({"workloads": [fast]}) == report.summary({"workloads": [entry()]})
+    assert (
+        "torch's own passes through the model: batched 1.25 ms; in turn 1.75 ms; broken fails: why; "
+        "best peer / passes 4.00" in report.table(entry()).splitlines()
+    )
+    assert "passes" not in report.table({**entry(), "passes": {}})
 
 
 def test_a_rerun_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
