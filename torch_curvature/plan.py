@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ class Layout:
 
     axis: int
     minor: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        """Whether samples lie one after the other already."""
+        return self.axis == 0 and not self.minor
 
     def arrange(self, rows: Tensor, batch_shape: Sequence[int], samples: int, lead: int) -> Tensor:
         """[*lead, R, s, K] -> [*lead, N, S, K], S = R s / N; ``lead`` axes before (0 or 1)."""
@@ -56,6 +62,7 @@ class Plan:
         unused: names of parameters that the outputs do not depend on.
         biases: for weights of dense layers with one position a sample, the bias that was used with it, and nowhere else
             (nor the weight).
+        separate: every parameter was used once, in a dense layer with one position a sample.
     """
 
     layouts: dict[int, Layout] = field(default_factory=dict)
@@ -63,9 +70,11 @@ class Plan:
     fallback: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     biases: dict[str, str] = field(default_factory=dict)
+    separate: bool = False
     conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
     batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
     by_nodes: bool | None = None  # the known nodes of the graph gave what autograd gives; None: not tried
+    second_by_nodes: dict[Any, bool] = field(default_factory=dict)  # the same of second derivatives, by graph
 
 
 def coverage(model: nn.Module, plans: Iterable[Plan]) -> dict[str, str]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .backprop import one_hot
 from .layers.linear import positions_last
-from .plan import working_dtype
+from .node_columns import VIEWS
+from .plan import TOLERANCE, working_dtype
+from .second_nodes import Frontier, Pushed
 from .second_passes import SecondPasses
 
 
@@ -46,6 +48,7 @@ class SecondOrder(SecondPasses):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._nodes: dict[int, Node] = {}
+        self._pushed: dict[Any, Pushed | None] = {}
 
     def node(self, index: int) -> Node:
         """A use with its rule; ``index`` counts the recorded uses."""
@@ -113,3 +116,98 @@ class SecondOrder(SecondPasses):
                 if d is not None:
                     parts.setdefault(e, []).append(self.read(e, d).transpose(0, 1))
         return {e: torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for e, pieces in parts.items()}
+
+    # ------------------------------------------------------------------ through known nodes
+
+    def pushed(self, edges: Sequence[int], nodes: Sequence[Node], curved: bool, pairs: bool) -> Pushed | None:
+        """All second derivatives by the outputs of these layers, without second-order passes.
+
+        Args:
+            edges: in order of execution.
+            nodes: uses whose inputs' derivatives are wanted.
+            pairs: of different layers too.
+
+        Returns:
+            None where the graph has unknown nodes, where passes cost less, or where they gave something else: they
+            are compared the first time that a graph is met.
+        """
+        key = tuple(edges), tuple(node.index for node in nodes), curved, pairs
+        if key not in self._pushed:
+            self._pushed[key] = self._push(edges, nodes, curved, pairs)
+        return self._pushed[key]
+
+    def _push(self, edges: Sequence[int], nodes: Sequence[Node], curved: bool, pairs: bool) -> Pushed | None:
+        outputs, record = self.captured.outputs, self.captured.record
+        if record.hooked or outputs.dtype != self.dtype or any(self.places(e) is not None for e in edges):
+            return None
+        inputs = {node.index: self._input_node(node) for node in nodes}
+        frontier = Frontier(
+            outputs,
+            {e: record.edges[e].node for e in edges},
+            {index: node for index, node in inputs.items() if node is not None},
+            pairs,
+        )
+        if any(record.edges[e].output_nr for e in edges) or not frontier.applicable:
+            return None
+        ours, passes, held = frontier.cost()
+        if ours > passes or held * self.captured.samples * outputs.element_size() > self.limit:
+            return None
+        known, key = self.pass_.plan.second_by_nodes, (frontier.signature(), curved)
+        if known.get(key) is False:
+            return None
+        if curved and key not in known and self.pushed(edges, nodes, False, pairs) is None:
+            return None  # the residual is compared alone: beside the Gauss-Newton part it may be too small to be seen
+        found = frontier.push(self.cotangent.detach(), self._loss_hessian() if curved else None)
+        if found is None or key in known:
+            return found
+        agrees = self._agrees(found, edges, nodes, curved, pairs)
+        if not agrees or any(bool(g.any()) for g in found.gradients.values()):  # where all vanishes nothing was shown
+            if len(known) >= 64:
+                known.clear()
+            known[key] = agrees
+        return found if agrees else None
+
+    def _input_node(self, node: Node) -> Any:
+        """The node that a layer's input was made by, up to views; None for one that depends on nothing."""
+        use = self.captured.record.uses[node.index].use
+        if use.activation is None:
+            return None
+        with torch.enable_grad():
+            made = use.activation().grad_fn
+        while made is not None and made.name() in (*VIEWS, "UnsqueezeBackward0"):
+            made = made.next_functions[0][0]
+        return made
+
+    def _loss_hessian(self) -> Tensor:
+        """[C, N, *out]: the loss's second derivative by the outputs, column by column."""
+        outputs = self.captured.outputs
+        C = outputs[0].numel()
+        unit = torch.eye(C, dtype=outputs.dtype, device=outputs.device).view(C, 1, *outputs.shape[1:])
+        return (self.bound.hessian_product(unit.expand(C, *outputs.shape)) * self.scale).to(outputs.dtype)
+
+    def _agrees(self, found: Pushed, edges: Sequence[int], nodes: Sequence[Node], curved: bool, several: bool) -> bool:
+        """Whether second-order passes give the same."""
+        pairs: list[tuple[Tensor | None, Tensor | None]] = []
+        for place, edge in enumerate(edges):
+            g = self.gradient(edge)
+            pairs.append((found.gradients.get(edge), None if g is None else self.read(edge, g)))
+            others = edges[: place + 1] if several else [edge]
+            passed = self.hessians(edge, others, curved)
+            pairs += [(found.hessians.get((edge, other)), passed.get(other)) for other in others]
+            for node in nodes:
+                if node.edge == edge:
+                    moved = self.input_derivatives(node, edges[:place])
+                    ours = found.inputs.get(node.index, {})
+                    pairs += [(ours.get(other), moved.get(other)) for other in edges[:place]]
+        tolerance = TOLERANCE[self.captured.outputs.dtype]
+        largest = max((float(b.norm()) for _, b in pairs if b is not None), default=0.0)
+        for a, b in pairs:
+            given = [t for t in (a, b) if t is not None]
+            if len(given) == 2 and given[0].shape != given[1].shape:
+                return False
+            if given:
+                difference = given[0] - given[1] if len(given) == 2 else given[0]
+                size = 0.0 if b is None else float(b.norm())
+                if not float(difference.norm()) <= tolerance * (size + 1e-2 * largest):
+                    return False
+        return True

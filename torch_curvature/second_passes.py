@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 
 from .backprop import Backpropagation
 from .capture import Capture
-from .nodes import pull_back
+from .nodes import known_graph, pull_back
 from .plan import working_dtype
 
 Roots = Sequence[Tensor]
@@ -69,8 +69,11 @@ class SecondPasses:
         """Kinds of nodes that the outputs and the first derivatives were made by.
 
         Where `BREAK` is among them, a function of the model declares that it can be differentiated once only:
-        autograd would take its first derivative for a constant without a word.
+        autograd would take its first derivative for a constant without a word. Known nodes have a derivative each.
         """
+        nodes = None if self.captured.record.hooked else known_graph(self.captured.outputs)
+        if nodes is not None:
+            return frozenset(node.name() for node in nodes)
         edges, gradients = self._first
         return kinds_of_nodes([self.captured.outputs, *edges, *gradients.values()])
 
@@ -177,6 +180,9 @@ class SecondPasses:
         if edge not in self._places:
             plan, uses = self.pass_.plan, self.captured.record.uses
             index = next(i for i in plan.layouts if uses[i].edge == edge)
+            if plan.layouts[index].in_order:
+                self._places[edge] = None
+                return None
             recorded, N = uses[index], self.captured.samples
             shape, axes = recorded.output_shape, recorded.use.batch_axes
             flat = torch.arange(shape.numel(), device="cpu")  # shapes alone decide: nothing to wait for on a GPU

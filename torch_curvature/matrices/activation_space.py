@@ -6,11 +6,13 @@ one of either kind comes out of the latter's products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..second_nodes import Pushed
 from ..second_order import Node, SecondOrder
 from .expansion import pair_block
 from .layers import Layer, layer_of
@@ -25,8 +27,8 @@ class Contributions:
         second: the batch.
         budget: what second derivatives may take.
         curved: with the Gauss-Newton part (the Hessian), or without (the residual).
-        columns: of the loss, [V, N, *out] and sign, where the Gauss-Newton part is taken from them; None where it
-            comes out of the second-order passes.
+        columns: gives those of the loss, [V, N, *out] and sign, where the Gauss-Newton part of second-order passes is
+            taken from them; None where it comes out of the passes.
     """
 
     def __init__(
@@ -34,15 +36,19 @@ class Contributions:
         second: SecondOrder,
         budget: Budget,
         curved: bool,
-        columns: Sequence[tuple[Tensor, Tensor | None]] | None = None,
+        columns: Callable[[], Sequence[tuple[Tensor, Tensor | None]] | None] = lambda: None,
     ) -> None:
         self.second = second
         self.budget = budget
         self.curved = curved
-        self.columns = columns
+        self._columns = columns
         self._latest: tuple[tuple[int, ...], dict[int, Tensor]] = ((), {})  # the next group may be of the same layer
         self._arrived: dict[int, Tensor] | None = None
         self._signs: Tensor | None = None
+
+    @cached_property
+    def columns(self) -> Sequence[tuple[Tensor, Tensor | None]] | None:
+        return self._columns() if self.curved else None
 
     def add(self, group: SymmetricSum, distrusted: bool) -> bool:
         """Add the batch to a group; True where terms between layers took part, which the caller may want checked."""
@@ -56,23 +62,38 @@ class Contributions:
 
     def _add_pairs(self, group: SymmetricSum, nodes: list[Node]) -> None:
         edges = sorted({node.edge for node in nodes})
-        self._require(edges)
         at = {edge: [node for node in nodes if node.edge == edge] for edge in edges}
         layers = {} if group.measured else self._layers(group, at)
+        self._require(edges)
+        pushed = self._pushed(edges, nodes) if edges else None
         for place, edge in enumerate(edges):
-            M = self._hessians(edge, edges[: place + 1])
-            g = self.second.gradient(edge)
-            g = None if g is None else self.second.read(edge, g)
-            moved = {}  # the inputs of the uses here, by the outputs of earlier layers
-            if g is not None:
-                moved = {n.index: self.second.input_derivatives(n, edges[:place]) for n in at[edge]}
+            if pushed is not None:
+                M = {other: pushed.hessians[edge, other] for other in edges if (edge, other) in pushed.hessians}
+                g, moved = pushed.gradients.get(edge), pushed.inputs
+            else:
+                M = self._hessians(edge, edges[: place + 1])
+                g, moved = self._gradient(edge, edges[:place], at[edge])
             for other in edges[: place + 1]:
                 later, earlier = layers.get(edge), layers.get(other)
                 if later is None or earlier is None:
                     self._add_uses(group, at[edge], at[other], M.get(other), g, moved)
                     continue
-                D = None if later.input is None or g is None else moved[later.input.index].get(other)
+                D = None if later.input is None or g is None else moved.get(later.input.index, {}).get(other)
                 group.add_layers(later, earlier, M.get(other), None if D is None or g is None else (g[0], D))
+
+    def _pushed(self, edges: Sequence[int], nodes: Sequence[Node]) -> Pushed | None:
+        if len(edges) > 1:
+            return self.second.pushed(edges, nodes, self.curved, True)
+        return self.second.pushed(self.second.edges, (), self.curved, False)  # the next group may want another layer
+
+    def _gradient(
+        self, edge: int, others: list[int], nodes: list[Node]
+    ) -> tuple[Tensor | None, dict[int, dict[int, Tensor]]]:
+        """g at an edge, and what the inputs of the uses there change by with the outputs of earlier layers."""
+        g = self.second.gradient(edge)
+        if g is None:
+            return None, {}
+        return self.second.read(edge, g), {n.index: self.second.input_derivatives(n, others) for n in nodes}
 
     def _add_uses(
         self,
@@ -149,7 +170,17 @@ class Contributions:
             self._latest = key, self._computed(edge, others)
         return self._latest[1]
 
+    def residual_diagonal(self, edge: int) -> Tensor | None:
+        """[N, Z]: second derivatives by each entry of an output alone, without the Gauss-Newton part; None for zero."""
+        pushed = self.second.pushed(self.second.edges, (), False, False)
+        if pushed is None:
+            return self.second.residual_diagonal(edge)
+        return pushed.hessians[edge, edge].diagonal(dim1=1, dim2=2) if (edge, edge) in pushed.hessians else None
+
     def _computed(self, edge: int, others: list[int]) -> dict[int, Tensor]:
+        pushed = self._pushed([edge], []) if others == [edge] else None
+        if pushed is not None:
+            return {edge: pushed.hessians[edge, edge]} if (edge, edge) in pushed.hessians else {}
         found = self.second.hessians(edge, others, self.curved and self.columns is None)
         if not self.curved or self.columns is None:
             return found

@@ -214,8 +214,7 @@ class SecondOrderMatrix(Matrix):
         return {key: SymmetricSum(names, self.parameters, like) for key, names in groups.items()}
 
     def _add_blocks(self, batch: Batch, second: SecondOrder, curved: bool, sums: dict[str, SymmetricSum]) -> None:
-        columns = self._loss_columns(batch, second) if curved else None
-        contributions = Contributions(second, self.budget, curved, columns)
+        contributions = Contributions(second, self.budget, curved, partial(self._loss_columns, batch, second))
         for key, group in sums.items():
             first = not group.started
             terms = contributions.add(group, key in self._distrusted)

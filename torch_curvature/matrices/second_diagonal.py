@@ -30,7 +30,7 @@ def add_diagonal(matrix: Any, batch: Batch, second: SecondOrder, curved: bool, t
         if len(nodes) == 1 and _one_position(nodes[0]):
             edge, a = nodes[0].edge, nodes[0].a
             if edge not in at:
-                at[edge] = second.residual_diagonal(edge)
+                at[edge] = contributions.residual_diagonal(edge)
             own = at[edge]
             if own is not None:
                 part = own.sum(0).unsqueeze(1) if a is None else own.T @ a[:, 0].square()
