@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
 
 from . import nodes
 from .backprop import Backpropagation
@@ -18,11 +19,14 @@ from .capture import Capture, capture, observation
 from .ops.routing import without_autocast
 from .plan import working_dtype
 from .recorder import Recorder
+from .trust import same_derivatives
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 # Models in whose graph a node was found that is not known: their tangents are carried along with the forward pass.
 FORWARD_MODE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Whether the graph's nodes gave what autograd gives for ``J^T u``, by what the model was called with.
+BY_NODES: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 class TangentRecorder(Recorder):
@@ -128,16 +132,21 @@ def _double_backward_product(
     return product.detach()
 
 
-def pull_back(captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor, dtype: torch.dtype) -> Tensor:
+def pull_back(
+    model: nn.Module, captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor, dtype: torch.dtype
+) -> Tensor:
     """``J^T u``, [P], for u of the outputs' shape."""
+    outputs = captured.outputs
+    u = u.to(outputs.dtype)
     with without_autocast(u):
-        pulled = torch.autograd.grad(
-            captured.outputs,
-            list(parameters.values()),
-            u.to(captured.outputs.dtype),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        known = BY_NODES.setdefault(model, {})
+        key = (outputs.shape, outputs.dtype, *(id(p) for p in parameters.values()))
+        pulled = None if known.get(key) is False else _pulled_by_nodes(captured, parameters, u)
+        if pulled is None or not known.get(key):
+            ours = pulled
+            pulled = torch.autograd.grad(outputs, list(parameters.values()), u, retain_graph=True, allow_unused=True)
+            if ours is not None:
+                known[key] = same_derivatives(ours, pulled)
     pieces = []
     for p, g in zip(parameters.values(), pulled):
         if g is None:
@@ -145,3 +154,22 @@ def pull_back(captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor,
         else:
             pieces.append((g.to_dense() if g.is_sparse else g).reshape(-1).to(dtype))
     return torch.cat(pieces)
+
+
+def _pulled_by_nodes(
+    captured: Capture, parameters: dict[str, nn.Parameter], u: Tensor
+) -> Sequence[Tensor | None] | None:
+    """By the graph's nodes; None where autograd must do it."""
+    if captured.record.hooked or any(p._backward_hooks for p in parameters.values()):
+        return None
+    graph = nodes.known_graph(captured.outputs)
+    if graph is None:
+        return None
+    leaves = {id(node.variable): GradientEdge(node, 0) for node in graph if node.name() == nodes.LEAF}
+    used = [leaves[id(p)] for p in parameters.values() if id(p) in leaves]
+    pulled = nodes.pull_back(captured.outputs, used, u.unsqueeze(0))
+    if pulled is None:
+        return None
+    found = iter(pulled)
+    columns = [next(found) if id(p) in leaves else None for p in parameters.values()]
+    return [None if g is None else g[0] for g in columns]

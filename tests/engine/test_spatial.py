@@ -184,3 +184,35 @@ def test_every_known_kind_has_a_layer() -> None:
             model, x = build(name, form, torch.float32)
             covered |= {node.name() for node in nodes.known_graph(model(x)) or []}
     assert covered >= nodes.SPATIAL.keys()
+
+
+def small() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+    return model, (torch.randn(N, 2, 6, 6), torch.randint(3, (N,)))
+
+
+def test_a_proved_product_needs_no_pass_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = small()
+    truth = reference.gauss_newton(model, LOSS, data)
+    v = torch.randn(len(truth))
+    close(tc.GaussNewton(model, LOSS, data) @ v, truth @ v)
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("autograd was asked")
+
+    monkeypatch.setattr(torch.autograd, "grad", refused)
+    close(tc.GaussNewton(model, LOSS, data) @ v, truth @ v)
+
+
+def test_a_node_that_is_wrong_is_not_used_in_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = nodes.KINDS["ConvolutionBackward0"]
+    monkeypatch.setitem(
+        nodes.KINDS,
+        "ConvolutionBackward0",
+        nodes.Kind(lambda node, G, i: 2 * kind.back(node, G, i), lambda node, t: 2 * kind.ahead(node, t)),
+    )
+    model, data = small()
+    truth = reference.gauss_newton(model, LOSS, data)
+    v = torch.randn(len(truth))
+    for _ in range(2):
+        close(tc.GaussNewton(model, LOSS, data) @ v, truth @ v)

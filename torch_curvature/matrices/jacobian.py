@@ -149,7 +149,7 @@ class Jacobian(Matrix):
             if part.numel() != outputs.numel():
                 raise ValueError(f"u must have the outputs' shape, one row for each sample, got {tuple(u.shape)}")
             start += outputs.shape[0]
-            total += pull_back(batch.captured, self.parameters, part.reshape(outputs.shape), self.dtype)
+            total += pull_back(self.model, batch.captured, self.parameters, part.reshape(outputs.shape), self.dtype)
         if start != u.shape[0]:
             raise ValueError(f"u has {u.shape[0]} rows and the data {start} samples")
         return total

@@ -106,10 +106,10 @@ def _agree(a: Tensor, b: Tensor, c: Tensor, d: Tensor, tolerance: float) -> bool
 def pulled(matrix: Any, batch: Any, u: Tensor) -> Tensor:
     """``J^T u`` of a batch that was pushed forward."""
     try:
-        return pull_back(batch.captured, matrix.parameters, u, matrix.dtype)
+        return pull_back(matrix.model, batch.captured, matrix.parameters, u, matrix.dtype)
     except CheckpointError:  # what is recomputed has no tangents: observe the batch again, without
         batch.captured = capture(matrix.model, matrix.forward, batch.captured.batch, matrix.parameters)
-        return pull_back(batch.captured, matrix.parameters, u, matrix.dtype)
+        return pull_back(matrix.model, batch.captured, matrix.parameters, u, matrix.dtype)
 
 
 def checked_tangent(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tensor) -> Tensor:
