@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import chains
 from .capture import Capture
 from .factors import Factor
 from .fallback import per_sample_jacobians
-from .layers.linear import positions_last
 from .nodes import pull_back
 from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
-from .trust import check_same_pass, same_derivatives, verify
+from .trust import check_same_pass, is_separate, pairs_of_biases, same_derivatives, verify
 
 # Unfolded inputs that are kept between chunks of columns.
 KEEP_BYTES = 1 << 28
@@ -88,29 +88,12 @@ class Backpropagation:
         if self.attached is None:
             self.plan = Plan()
             verify(self)
-            self.plan.biases = self._biases()
+            self.plan.biases, self.plan.separate = pairs_of_biases(self), is_separate(self)
             return self.plan
         captured = self.attached()
         plan = Backpropagation(self.model, self.parameters, captured, self.forward, self.repeatable).plan
         check_same_pass(self.captured, captured)
         return plan
-
-    def _biases(self) -> dict[str, str]:
-        """Weights and biases that one g serves: J of the bias is g, that of both together g (x) (a, 1)."""
-        uses, plan = self.captured.record.uses, self.plan
-        alone = {indices[0]: name for name, indices in plan.closed.items() if len(indices) == 1}
-        weights, biases = {}, {}
-        for index, name in alone.items():
-            recorded = uses[index]
-            rows = recorded.output_shape[: recorded.use.batch_axes].numel()
-            whole = recorded.numel == self.parameters[name].numel() and not recorded.transposed
-            if whole and rows == self.captured.samples and recorded.use.gradient is positions_last:
-                place = recorded.edge, plan.layouts[index].axis
-                if recorded.use.activation is None:
-                    biases[place] = name
-                elif not recorded.use.is_lookup:
-                    weights[place] = name
-        return {weight: biases[place] for place, weight in weights.items() if place in biases}
 
     # ------------------------------------------------------------------ columns
 
@@ -188,7 +171,9 @@ class Backpropagation:
         single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
         known = None
         if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
-            known = pull_back(outputs, edges, columns)
+            known = chains.pull_back(outputs, edges, columns)
+            if known is None:
+                known = pull_back(outputs, edges, columns)
             if known is not None and by_nodes:
                 return known
         if single:
@@ -197,6 +182,17 @@ class Backpropagation:
         if known is not None:
             self.plan.by_nodes = same_derivatives(known, found)
         return found
+
+    def roots(self, columns: Tensor) -> Sequence[Tensor | None] | None:
+        """``sqrt(sum_v g[v]^2)`` [1, *z] at the edges, where this one column has the sums of squares of all of them.
+
+        ``sum_v (g[v] (x) a)^2`` is the square of ``sqrt(sum_v g[v]^2) (x) a``, entry by entry: for parameters that were
+        used once, at one position a sample.  None where others were, or where it is no cheaper.
+        """
+        if not (self.plan.separate and self.plan.by_nodes) or self.captured.record.hooked:
+            return None
+        outputs = self.captured.outputs
+        return chains.pull_back(outputs, self.captured.record.edges, columns.to(outputs.dtype), True)
 
     def _batched(self, backward: Callable[[Tensor, bool], Sequence[Tensor | None]], columns: Tensor) -> Any:
         """All columns in one backward pass, or one pass each where a function of the model cannot."""

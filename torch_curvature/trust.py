@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .factors import Factor
 from .fallback import Forward, per_sample_jacobians
+from .layers.linear import positions_last
 from .ops.routing import without_autocast
 from .plan import TOLERANCE, Layout, Plan, layouts, working_dtype
 from .recorder import RecordedUse, UnsupportedModelError
@@ -70,6 +71,38 @@ def verify(pass_: Pass) -> None:
             plan.fallback[name] = why
     if plan.fallback and pass_.repeatable:
         _verify_fallback(pass_, r, w, reference)
+
+
+def is_separate(pass_: Pass) -> bool:
+    """Whether ``J[v, n] = g[v, n] (x) a[n]`` with the very derivative at the layer's output, for all parameters."""
+    uses, plan = pass_.captured.record.uses, pass_.plan
+    return not plan.fallback and all(
+        len(indices) == 1 and _has_one_position(uses[indices[0]], pass_.captured.samples)
+        for indices in plan.closed.values()
+    )
+
+
+def _has_one_position(recorded: RecordedUse, samples: int) -> bool:
+    """A dense layer with as many rows as there are samples."""
+    rows = recorded.output_shape[: recorded.use.batch_axes].numel()
+    return rows == samples and recorded.use.gradient is positions_last
+
+
+def pairs_of_biases(pass_: Pass) -> dict[str, str]:
+    """Weights and biases that one g serves: J of the bias is g, that of both together g (x) (a, 1)."""
+    uses, plan = pass_.captured.record.uses, pass_.plan
+    alone = {indices[0]: name for name, indices in plan.closed.items() if len(indices) == 1}
+    weights, biases = {}, {}
+    for index, name in alone.items():
+        recorded = uses[index]
+        whole = recorded.numel == pass_.parameters[name].numel() and not recorded.transposed
+        if whole and _has_one_position(recorded, pass_.captured.samples):
+            place = recorded.edge, plan.layouts[index].axis
+            if recorded.use.activation is None:
+                biases[place] = name
+            elif not recorded.use.is_lookup:
+                weights[place] = name
+    return {weight: biases[place] for place, weight in weights.items() if place in biases}
 
 
 def same_derivatives(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool:

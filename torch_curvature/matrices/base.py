@@ -41,11 +41,16 @@ class Batch:
     backpropagation: Backpropagation | None
     tangent: Tensor | None
 
-    def pieces(self) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
-        """As :meth:`chunks` of few columns, the factors one after the other: for what takes one parameter at a time."""
+    def pieces(self, squares: bool = False) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
+        """As :meth:`chunks` of few columns, the factors one after the other: for what takes one parameter at a time.
+
+        With ``squares``, for sums over the columns of squares of entries of J, one column may stand for all.
+        """
         assert self.backpropagation is not None
         for columns, sign in self._scaled_columns(few=True):
-            derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
+            derivatives = self.backpropagation.roots(columns) if squares and sign is None else None
+            if derivatives is None:
+                derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
             yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns, True)), sign
 
     def chunks(self, few: bool = False) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:

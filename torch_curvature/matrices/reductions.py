@@ -15,7 +15,7 @@ def diagonal_of(matrix: Any) -> dict[str, Tensor]:
     """{name: tensor of the parameter's shape}."""
     sums: dict[str, Tensor] = {}
     for batch in matrix._sweep("diagonal"):
-        for factors, sign in batch.pieces():
+        for factors, sign in batch.pieces(squares=True):
             for weight, factor in factors:
                 for name, part in diagonals(weight, factor, sign).items():
                     known = sums.get(name)
@@ -30,7 +30,7 @@ def trace_of(matrix: Any) -> Tensor:
     """The sum of the columns' squared norms."""
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for batch in matrix._sweep("trace"):
-        for factors, sign in batch.pieces():
+        for factors, sign in batch.pieces(squares=True):
             for _, factor in factors:
                 norms = squared_norms(factor)
                 total = total + (norms if sign is None else norms * sign).sum(dtype=torch.float64)
