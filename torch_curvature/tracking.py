@@ -60,8 +60,6 @@ class Track:
         if not self._parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to track")
         self._recorder = Recorder(self._parameters, write_out=False, detach=not parameter_gradients)
-        self._recorder.on_record = self._watch
-        self._recorder.on_attached = self._withhold
         self._withheld: set[str] = set()
         self._batches: list[TrackedBatch] = []
         self._inside = False
@@ -73,6 +71,7 @@ class Track:
     def __enter__(self) -> Track:
         if self._stack is not None:
             raise RuntimeError("this track is already active: use a new tc.track(model) for each with statement")
+        self._recorder.on_record, self._recorder.on_attached = self._watch, self._withhold
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_hooks)
             stack.enter_context(force_eager(self._given))
@@ -92,6 +91,8 @@ class Track:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        # These refer to this object: all that it holds would stay until the garbage collector finds the circle.
+        self._recorder.on_record = self._recorder.on_attached = None
 
     def _withhold(self, name: str) -> None:
         """No ``.grad`` for a parameter that is in the graph all the same."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -110,6 +112,27 @@ def test_tracking_accumulates_grad_as_always() -> None:
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(p.grad, q.grad)
     assert t.gradient_norms().shape == (5,)
+
+
+@pytest.mark.parametrize("parameter_gradients", [True, False])
+def test_a_tracked_step_goes_with_its_last_reference(parameter_gradients: bool) -> None:
+    """Its activations and derivatives (hundreds of megabytes) do not wait for the garbage collector."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    activations: list[weakref.ref[Tensor]] = []
+    model[1].register_forward_hook(lambda m, i, output: activations.append(weakref.ref(output)))
+    gc.collect()
+    gc.disable()
+    try:
+        with tc.track(model, parameter_gradients=parameter_gradients) as tracked:
+            model(x).square().sum().backward()
+        tracked.gradient_norms()
+        assert activations
+        track = weakref.ref(tracked)
+        del tracked
+        assert track() is None
+        assert not any(activation() is not None for activation in activations)
+    finally:
+        gc.enable()
 
 
 def test_tracking_several_backward_passes_and_an_optimiser() -> None:
