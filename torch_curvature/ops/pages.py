@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
 MADV_HUGEPAGE = 14  # of Linux
+
+
+@functools.cache
+def _madvise() -> Callable[..., Any]:
+    return ctypes.CDLL(None).madvise
 
 
 def in_large_pages(like: Tensor, *shape: int) -> Tensor:
@@ -23,5 +31,5 @@ def in_large_pages(like: Tensor, *shape: int) -> Tensor:
         start = -(-fresh.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         length = (fresh.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE - start
         with contextlib.suppress(OSError, AttributeError):  # advice only: not taken, it changes nothing
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+            _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
     return fresh
