@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "factors": {"ops"},
     "layers": {"factors", "ops"},
     "losses": {"factors", "ops"},
-    "detaching": set(),
+    "detaching": {"layers", "spatial"},
     "recorder": {"layers", "detaching"},
     "capture": {"recorder", "factors", "layers", "ops"},
     "plan": set(),
@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "spatial": {"ops"},
     "nodes": {"spatial"},
     "chains": {"nodes", "ops"},
+    "joining": set(),
     "backprop": {
         "chains",
+        "joining",
         "nodes",
         "trust",
         "plan",
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "second_passes": {"backprop", "nodes", "plan", "capture"},
     "node_columns": {"nodes"},
     "second_nodes": {"node_columns", "nodes"},
-    "second_order": {"second_passes", "second_nodes", "node_columns", "backprop", "plan", "layers"},
+    "second_order": {"joining", "second_passes", "second_nodes", "node_columns", "backprop", "plan", "layers"},
     "attached": {"capture", "recorder"},
     "tracking": {
         "attached",

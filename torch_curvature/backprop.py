@@ -19,6 +19,7 @@ from . import chains
 from .capture import Capture
 from .factors import Factor
 from .fallback import per_sample_jacobians
+from .joining import form, join, with_ones
 from .nodes import pull_back
 from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
@@ -134,14 +135,33 @@ class Backpropagation:
         for name, indices in plan.closed.items():
             if name in included:
                 continue
-            with torch.no_grad():
-                factor = self.closed(name, indices, derivatives)
-                if factor is not None and name in biases:
-                    factor = factor.with_bias(biases[name], self._cached(("ones", name), factor.with_ones))
-            if factor is not None:
-                yield name, factor
+            factor = self._dense(name, indices[0], derivatives) if plan.separate else None
+            if factor is None:
+                with torch.no_grad():
+                    factor = self.closed(name, indices, derivatives)
+            if factor is None:
+                continue
+            if name in biases and factor.a is not None:
+                factor = factor.with_bias(
+                    biases[name], partial(self._cached, ("ones", name), partial(with_ones, factor.a))
+                )
+            yield name, factor
         if plan.fallback and columns is not None:
             yield from self.fallback(columns)
+
+    def _dense(self, name: str, index: int, derivatives: Sequence[Tensor | None]) -> Factor | None:
+        """:meth:`closed` where the plan is separate: nothing is to be arranged; None where it must be converted."""
+        recorded = self.captured.record.uses[index]
+        g = derivatives[recorded.edge]
+        if g is None or g.dtype != working_dtype(g.dtype):
+            return None
+        a = self._kept.get(index)
+        if a is None and recorded.use.activation is not None:
+            a = recorded.use.activation().detach()
+            if a.dtype != g.dtype:
+                return None
+            self._kept[index] = a  # a view of what the layer was given
+        return Factor(g.unsqueeze(2), a, self.parameters[name].shape, recorded.transposed)
 
     def fallback(self, columns: Tensor) -> Iterator[tuple[str, Factor]]:
         """Factors of the parameters without a trusted rule."""
@@ -255,7 +275,7 @@ class Backpropagation:
                 parts.append((i, self._gradient(i, derivative), self._cached(i, partial(self._activation, i))))
         if not parts:
             return None
-        if len(parts) == 1 or len({(uses[i].transposed, _form(a)) for i, _, a in parts}) == 1:
+        if len(parts) == 1 or len({(uses[i].transposed, form(a)) for i, _, a in parts}) == 1:
             return self._joined(name, parts, shape)
         total = None
         for part in parts:
@@ -288,27 +308,7 @@ class Backpropagation:
             g = torch.cat([p[1] for p in parts], 2)
         if len(parts) > 1 or not a.is_floating_point():
             several = [p[2] for p in parts if p[2] is not None]
-            a, rows = self._cached(("joined", key), lambda: _join(several, g.dtype))
+            a, rows = self._cached(("joined", key), lambda: join(several, g.dtype))
         if a.dtype != g.dtype:
             a = a.to(g.dtype)
         return Factor(g, a, shape, self.captured.record.uses[first].transposed, rows)
-
-
-def _form(a: Tensor | None) -> tuple[Any, ...]:
-    """Uses with the same form (and orientation) can be joined along S."""
-    return ("direct",) if a is None else (a.is_floating_point(), a.shape[-1])
-
-
-def _join(activations: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    a = activations[0] if len(activations) == 1 else torch.cat(activations, 1)
-    return (a, None) if a.is_floating_point() else one_hot(a[..., 0], dtype)
-
-
-def one_hot(index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[N, S] rows of a table -> (a [N, S, I] over the I rows in use, rows [I]); negative entries use no row."""
-    rows, place = torch.unique(index, return_inverse=True)
-    a = torch.zeros(*index.shape, rows.numel(), dtype=dtype, device=index.device)
-    a.scatter_(2, place.unsqueeze(-1), 1)
-    if rows.numel() and rows[0] < 0:
-        rows, a = rows[1:], a[:, :, 1:]
-    return a, rows

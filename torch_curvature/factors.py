@@ -14,7 +14,7 @@ The contractions themselves are operators on bare tensors (``ops``), each with i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from .ops.routing import without_autocast
 
 # Elements of a temporary that stays in the second-level cache of one core (float32: 1 MiB).
 CACHE_ELEMENTS = 1 << 18
+# Entries of an input that is copied to give it a last one sooner than a second operator is called for that one.
+FEW = 1 << 16
 
 
 @dataclass(slots=True)
@@ -38,8 +40,9 @@ class Factor:
         transposed: the parameter is stored as [I, O] and not as [O, I].
         rows: [I] rows of the parameter that the I entries of ``a`` stand for (an embedding table of which this
             batch uses few rows); None when I counts all of them.
-        bias: name of the parameter whose input is the last entry of ``a``, always one: ``J [O, I]`` then holds the
-            Jacobians of a weight [O, I - 1] and of that bias. Only in sums over parameters.
+        bias: name of a parameter with the same ``g`` and the input one: this is the factor of a weight and of that
+            bias, for sums over parameters.
+        ones: gives ``a`` with a last entry of ones, [N, 1, I + 1], where there is a bias.
     """
 
     g: Tensor
@@ -48,6 +51,7 @@ class Factor:
     transposed: bool = False
     rows: Tensor | None = None
     bias: str | None = None
+    ones: Callable[[], Tensor] | None = None
 
     @property
     def outputs(self) -> int:
@@ -86,22 +90,20 @@ class Factor:
     def samples(self, start: int, stop: int) -> Factor:
         """The same for samples start..stop-1."""
         a = None if self.a is None else self.a[start:stop]
-        return Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows, self.bias)
+        factor = Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows)
+        return factor if self.ones is None else factor.with_bias(self.bias, lambda: self.with_ones()[start:stop])
 
     def with_ones(self) -> Tensor:
-        """``a`` with a last entry of ones, [N, S, I + 1]."""
+        """``a`` with a last entry of ones, [N, S, I + 1], of the dtype of g; ``a`` itself where there is no bias."""
         assert self.a is not None
-        return torch.nn.functional.pad(self.a, (0, 1), value=1.0)
+        return self.a if self.ones is None else self.ones().to(self.g.dtype)
 
-    def with_bias(self, bias: str, a: Tensor) -> Factor:
-        """Together with the bias, given ``a`` with ones."""
-        return Factor(self.g, a.to(self.g.dtype), self.shape, bias=bias)
+    def with_bias(self, bias: str | None, ones: Callable[[], Tensor]) -> Factor:
+        """Together with the bias, given what makes ``a`` with ones."""
+        return Factor(self.g, self.a, self.shape, self.transposed, self.rows, bias, ones)
 
     def without_bias(self) -> Factor:
-        if self.bias is None:
-            return self
-        assert self.a is not None
-        return Factor(self.g, self.a[..., :-1], self.shape)
+        return self if self.bias is None else Factor(self.g, self.a, self.shape)
 
     def jacobian(self) -> Tensor:
         """[V, N, size], flattened as the parameter is, restricted to the reachable entries."""
@@ -204,7 +206,11 @@ def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
 
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
-    return jacobian_norms(*_bare(factor))
+    if factor.a is None:
+        return jacobian_norms(*_bare(factor))
+    if factor.bias is None or factor.a.numel() <= FEW:
+        return jacobian_norms(factor.g, factor.with_ones())
+    return jacobian_norms(factor.g, factor.a).add_(jacobian_norms(factor.g, _ones(factor.g)))
 
 
 def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
@@ -218,8 +224,8 @@ def diagonals(name: str, factor: Factor, sign: Tensor | None = None) -> dict[str
     """:func:`diagonal` by parameter, where the factor is one of a weight and its bias."""
     if factor.bias is None:
         return {name: diagonal(factor, sign)}
-    out = gauss_newton_diagonal(factor.g, _bare(factor)[1], None if sign is None else sign.to(factor.g.dtype))
-    return {name: out[:, :-1].reshape(factor.shape).contiguous(), factor.bias: out[:, -1].contiguous()}
+    bias = gauss_newton_diagonal(factor.g, _ones(factor.g), None if sign is None else sign.to(factor.g.dtype))
+    return {name: diagonal(factor, sign), factor.bias: bias.view(-1)}
 
 
 def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
@@ -277,12 +283,12 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
         if right is left:
             return jacobian_gram(first, _ones(first), add_to=add_to)
         return jacobian_gram(first, _ones(first), second, _ones(second), add_to=add_to)
-    a2 = right.a
+    a, a2 = left.with_ones(), right.with_ones()
     if left.rows is not None and right.rows is not None and left is not right:
         a2 = a2 @ (right.rows[:, None] == left.rows).to(a2.dtype)
     if left is right:
-        return jacobian_gram(left.g, left.a, add_to=add_to)
-    return jacobian_gram(left.g, left.a, right.g, a2, add_to=add_to)
+        return jacobian_gram(left.g, a, add_to=add_to)
+    return jacobian_gram(left.g, a, right.g, a2, add_to=add_to)
 
 
 def jacobian_chunks(factor: Factor, elements: int) -> Iterator[tuple[slice, Tensor]]:

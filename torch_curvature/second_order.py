@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backprop import one_hot
+from .joining import one_hot
 from .layers.linear import positions_last
 from .node_columns import VIEWS
 from .plan import TOLERANCE, working_dtype

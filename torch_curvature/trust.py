@@ -75,17 +75,18 @@ def verify(pass_: Pass) -> None:
 
 def is_separate(pass_: Pass) -> bool:
     """Whether ``J[v, n] = g[v, n] (x) a[n]`` with the very derivative at the layer's output, for all parameters."""
-    uses, plan = pass_.captured.record.uses, pass_.plan
-    return not plan.fallback and all(
-        len(indices) == 1 and _has_one_position(uses[indices[0]], pass_.captured.samples)
-        for indices in plan.closed.values()
+    return not pass_.plan.fallback and all(
+        len(indices) == 1 and _is_dense(pass_, indices[0]) and pass_.plan.layouts[indices[0]].in_order
+        for indices in pass_.plan.closed.values()
     )
 
 
-def _has_one_position(recorded: RecordedUse, samples: int) -> bool:
-    """A dense layer with as many rows as there are samples."""
-    rows = recorded.output_shape[: recorded.use.batch_axes].numel()
-    return rows == samples and recorded.use.gradient is positions_last
+def _is_dense(pass_: Pass, index: int) -> bool:
+    """A whole parameter of a dense layer with as many rows as there are samples."""
+    recorded = pass_.captured.record.uses[index]
+    samples = recorded.use.batch_axes == 1 and recorded.output_shape[0] == pass_.captured.samples
+    whole = recorded.numel == pass_.parameters[recorded.name].numel()
+    return samples and whole and recorded.use.gradient is positions_last and not recorded.use.is_lookup
 
 
 def pairs_of_biases(pass_: Pass) -> dict[str, str]:
@@ -95,13 +96,11 @@ def pairs_of_biases(pass_: Pass) -> dict[str, str]:
     weights, biases = {}, {}
     for index, name in alone.items():
         recorded = uses[index]
-        whole = recorded.numel == pass_.parameters[name].numel() and not recorded.transposed
-        if whole and _has_one_position(recorded, pass_.captured.samples):
-            place = recorded.edge, plan.layouts[index].axis
+        if _is_dense(pass_, index) and not recorded.transposed:
             if recorded.use.activation is None:
-                biases[place] = name
-            elif not recorded.use.is_lookup:
-                weights[place] = name
+                biases[recorded.edge] = name
+            else:
+                weights[recorded.edge] = name
     return {weight: biases[place] for place, weight in weights.items() if place in biases}
 
 
