@@ -80,7 +80,9 @@ void by_pairs(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int
   const int64_t L = kernel.lanes, I = divide_up(s.I, L) * L, O = divide_up(s.O, L) * L, V = v1 - v0;
   const bool direct_a = std::is_same_v<T, A> && J.ai == 1 && I == s.I,
              direct_g = std::is_same_v<T, A> && J.go == 1 && O == s.O;
-  Buffer<A> copy_a(direct_a ? 0 : s.S * I), copy_g(direct_g ? 0 : V * s.S * O), lanes(V * L), sums(V);
+  const int64_t of_a = direct_a ? 0 : s.S * I, of_g = direct_g ? 0 : V * s.S * O;
+  Buffer<A> room(of_a + of_g + V * L + V);
+  A *copy_a = room, *copy_g = copy_a + of_a, *lanes = copy_g + of_g, *sums = lanes + V * L;
   for (int64_t n = first; n < last; ++n) {
     Rows<A> a{copy_a, 0, I, I}, g{copy_g, s.S * O, O, O};
     if constexpr (std::is_same_v<T, A>) {
@@ -134,8 +136,9 @@ void norms(const Jacobian<T>& J, T* out) {
   const double pairs = blocks * (blocks + 1) / 2 * R * R * (V * (O + 2 * L) + I + 6 * L) + copied;
   const double cost = std::min(pairs, sum);
   const bool worth_threads = s.N * cost > kWorthThreads;
-  // A task is as many samples as are worth it; where there are few, some columns of one; never more than stay in cache.
-  const int64_t each = std::clamp<int64_t>(static_cast<int64_t>(kWorthThreads / cost), 1, divide_up(s.N, 8));
+  // A task is as many samples as make its own cost small (memory, a turn at the counter); where there are few, some
+  // columns of one; never more than stay in cache.
+  const int64_t each = std::clamp<int64_t>(static_cast<int64_t>(4 * kWorthThreads / cost), 1, divide_up(s.N, 8));
   const int64_t cached = std::max<int64_t>(1, (1 << 18) / (s.S * s.O));
   const int64_t step = std::min(cached, divide_up(s.V, s.N >= 8 ? 1 : 8 / s.N)), steps = divide_up(s.V, step);
   const int64_t tasks = divide_up(s.N, each);

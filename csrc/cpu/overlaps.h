@@ -2,7 +2,7 @@
 //
 // Shapes: a [S, I], g [V, S, O], both with contiguous rows of whole vectors (zero up to there), out [V]. A block of R x
 // R pairs (s, t) is summed in registers, s <= t; the overlaps of a are needed as numbers, those of g only as vectors
-// that are weighted and added up. Multiply-adds: (V O + I) S (S + R) / 2, each operand read S / R times from the
+// that are weighted and added up. Multiply-adds: (V O + I) S (S + 1) / 2, each operand read S / R times from the
 // caches.
 #pragma once
 #include "simd.h"

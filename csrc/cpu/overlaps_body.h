@@ -1,8 +1,8 @@
 // One instruction set's sums over pairs of positions; overlaps.h includes this once for each.
 // No include guard on purpose. Vector types must be used where the target is set: elsewhere they are split at once.
 
-// sum[r, c] += x_r * y_c along `depth`, lane by lane.
-template <class A, int R>
+// sum[r, c] += x_r * y_c along `depth`, lane by lane; of a block with itself only c >= r.
+template <class A, int R, bool Itself>
 CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(
     CURVATURE_OVERLAPS_NAME, _block)(const A* const* x, const A* const* y, int64_t depth, auto& sum) {
   typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
@@ -17,9 +17,9 @@ CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURV
     for (int c = 0; c < R; ++c) right[c] = *reinterpret_cast<const Vector*>(y[c] + k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vector left = *reinterpret_cast<const Vector*>(x[r] + k);
+      const Vector left = Itself ? right[r] : *reinterpret_cast<const Vector*>(x[r] + k);
 #pragma GCC unroll 4
-      for (int c = 0; c < R; ++c) sum[r][c] += left * right[c];
+      for (int c = Itself ? r : 0; c < R; ++c) sum[r][c] += left * right[c];
     }
   }
 }
@@ -46,49 +46,70 @@ CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURV
   }
 }
 
+// Positions s.. by t..: total[v] += sum over the block's pairs, both orders of each, lane by lane.
+template <class A, bool Itself>
+CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(
+    CURVATURE_OVERLAPS_NAME, _pairs)(const Rows<A>& a, const Rows<A>& g, int64_t s, int64_t t, int64_t S, int64_t V,
+                                     auto* total) {
+  typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
+  constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
+  constexpr int padded = (R * R + L - 1) / L * L;
+  const A *x[R], *y[R];
+  const bool whole = t + R <= S;
+  auto rows = [&](const Rows<A>& of, int64_t v) __attribute__((always_inline)) {
+    const A *left = of.data + v * of.column + s * of.row, *right = of.data + v * of.column + t * of.row;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {  // beyond the last, the last again: its weight is zero
+      x[r] = left + (whole ? r : std::min<int64_t>(r, S - 1 - s)) * of.row;
+      y[r] = right + (whole ? r : std::min<int64_t>(r, S - 1 - t)) * of.row;
+    }
+  };
+  Vector sum[R][R], flat[padded];
+  rows(a, 0);
+  CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R, Itself>(x, y, a.depth, sum);
+#pragma GCC unroll 16
+  for (int k = 0; k < padded; ++k) {
+    const int r = k / R % R, c = k % R;
+    flat[k] = k >= R * R || (Itself && c < r) ? Vector{} : c > r || !Itself ? sum[r][c] + sum[r][c] : sum[r][c];
+  }
+  A weight[padded];
+#pragma GCC unroll 4
+  for (int k = 0; k < padded; k += L) {
+    CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _totals)<A>(flat + k);
+    *reinterpret_cast<Vector*>(weight + k) = flat[k];
+  }
+  if (!whole)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < R; ++c)
+        if (s + r >= S || t + c >= S) weight[r * R + c] = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    rows(g, v);
+    CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R, Itself>(x, y, g.depth, sum);
+    Vector add[R];  // a chain for each row: one of all pairs would take longer than the products
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      add[r] = weight[r * R + r] * sum[r][r];
+#pragma GCC unroll 4
+      for (int c = Itself ? r + 1 : 0; c < R; ++c)
+        if (c != r) add[r] += weight[r * R + c] * sum[r][c];
+    }
+#pragma GCC unroll 4
+    for (int r = 1; r < R; ++r) add[0] += add[r];
+    total[v] += add[0];
+  }
+}
+
 template <class A>
 CURVATURE_OVERLAPS_TARGET void CURVATURE_OVERLAPS_NAME(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out) {
   typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
   constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
-  constexpr int padded = (R * R + L - 1) / L * L;
   Vector* total = reinterpret_cast<Vector*>(lanes);
   for (int64_t v = 0; v < V; ++v) total[v] = Vector{};
-  for (int64_t s = 0; s < S; s += R)
-    for (int64_t t = s; t < S; t += R) {
-      const A *x[R], *y[R];
-      auto rows = [&](const Rows<A>& of, int64_t v) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {  // beyond the last, the last again: its weight is zero
-          x[r] = of.data + v * of.column + std::min(s + r, S - 1) * of.row;
-          y[r] = of.data + v * of.column + std::min(t + r, S - 1) * of.row;
-        }
-      };
-      Vector sum[R][R], flat[padded];
-      rows(a, 0);
-      CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R>(x, y, a.depth, sum);
-#pragma GCC unroll 16
-      for (int k = 0; k < padded; ++k) flat[k] = k < R * R ? sum[k / R % R][k % R] : Vector{};
-      A weight[padded];
-#pragma GCC unroll 4
-      for (int k = 0; k < padded; k += L) {
-        CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _totals)<A>(flat + k);
-        *reinterpret_cast<Vector*>(weight + k) = s == t ? flat[k] : flat[k] + flat[k];  // both orders of a pair
-      }
-      if (s + R > S || t + R > S)
-        for (int r = 0; r < R; ++r)
-          for (int c = 0; c < R; ++c)
-            if (s + r >= S || t + c >= S) weight[r * R + c] = 0;
-      for (int64_t v = 0; v < V; ++v) {
-        rows(g, v);
-        CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R>(x, y, g.depth, sum);
-        Vector add = total[v];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-          for (int c = 0; c < R; ++c) add += weight[r * R + c] * sum[r][c];
-        total[v] = add;
-      }
-    }
+  for (int64_t s = 0; s < S; s += R) {
+    CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, true>(a, g, s, s, S, V, total);
+    for (int64_t t = s + R; t < S; t += R)
+      CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, false>(a, g, s, t, S, V, total);
+  }
   for (int64_t v = 0; v < V; ++v) {
     A sum = 0;
     for (int k = 0; k < L; ++k) sum += total[v][k];
