@@ -51,11 +51,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: they are on several devices, or on the meta device.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    places = {p.device: name for name, p in parameters.items()}
-    if len(places) > 1:
+    if len({p.device for p in parameters.values()}) > 1:
+        places = {p.device: name for name, p in parameters.items()}
         listed = ", ".join(f"{name!r} on {device}" for device, name in places.items())
         raise ValueError(f"the model's trainable parameters are on several devices ({listed}): move all to one")
-    if torch.device("meta") in places:
+    if any(p.is_meta for p in parameters.values()):
         raise ValueError(
             "the model's parameters are on the meta device and have no values: load them first, e.g. by "
             "model.to_empty(device=...) and model.load_state_dict(...)"
@@ -66,11 +66,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextlib.contextmanager
 def observation(model: nn.Module) -> Iterator[None]:
     """Gradients on and compiled parts run as plain Python, whatever the caller's context; all restored on exit."""
-    with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(force_eager(model))
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with outside, torch.enable_grad(), force_eager(model):
         yield
 
 
@@ -81,6 +78,10 @@ def force_eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
             stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
     return contextlib.nullcontext()
+
+
+def _has_buffers(model: nn.Module) -> bool:
+    return any(module._buffers for module in model.modules())
 
 
 class RandomState:
@@ -121,7 +122,7 @@ def capture(
     device = next(iter(parameters.values())).device
     recorder = Recorder(parameters) if recorder is None else recorder
     random = RandomState(device)
-    buffers = [(name, b, b._version) for name, b in model.named_buffers()]
+    buffers = [(name, b, b._version) for name, b in model.named_buffers()] if _has_buffers(model) else []
     kept = [b.clone() for _, b, _ in buffers] if model.training else []
     handles = recorder.module_hooks(model)
     try:

@@ -3,9 +3,9 @@
 // These are helpers of the losses for the CPU, declared here: elsewhere, and where something is differentiated, the
 // losses write the same in operators of torch.
 //
-// softmax_targets: u [R, K] logits, y [R] classes -> p [R, K] softmax(u), valid [R] 1 where y is not `ignored` and 0
-// where it is, found [3] in float64: the number of valid rows, of valid rows whose y is no class, of values of p that
-// are NaN. 3 R K flops and R K exponentials; bytes of u and p once.
+// softmax_targets: u [N, D, K] logits, y [N, D] classes -> p [N, D, K] softmax(u), valid [N, D] 1 where y is not
+// `ignored` and 0 where it is, found [3] in float64: the number of valid rows, of valid rows whose y is no class, of
+// values of p that are NaN. 3 N D K flops and N D K exponentials; bytes of u and p once.
 //
 // softmax_columns: p [S, N, K], mass [S, N] -> out [S, high - low, N, K], columns low <= k < high of a square root of
 // |mass| (diag p - p p^T). With the tails r_k = p_k + ... + p_K (nothing beyond K), column k is, times sqrt |mass|,
@@ -39,32 +39,34 @@ void softmax_row(const T* u, int64_t stride, int64_t K, T* p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> softmax_targets(const Tensor& u, const Tensor& y, int64_t ignored) {
-  CURVATURE_CHECK(
-      u.dim() == 2 && y.dim() == 1 && y.size(0) == u.size(0) && u.size(1) > 0 && y.scalar_type() == ScalarType::Long,
-      "softmax_targets: u [R, K] and y [R] of int64 are needed.");
-  const int64_t R = u.size(0), K = u.size(1);
-  Tensor p = new_result("softmax_targets", u, {R, K}), valid = new_result("softmax_targets", u, {R});
+  CURVATURE_CHECK(u.dim() == 3 && y.dim() == 2 && y.size(0) == u.size(0) && y.size(1) == u.size(1) && u.size(2) > 0 &&
+                      y.scalar_type() == ScalarType::Long,
+                  "softmax_targets: u [N, D, K] and y [N, D] of int64 are needed.");
+  const int64_t N = u.size(0), D = u.size(1), K = u.size(2);
+  Tensor p = new_result("softmax_targets", u, {N, D, K}), valid = new_result("softmax_targets", u, {N, D});
   Tensor found = three_counts();
-  double* counts = static_cast<double*>(found.data_ptr());
-  counts[0] = counts[1] = counts[2] = 0;
+  int64_t counted = 0, outside = 0, nan = 0;
   dispatch_floating(u.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
       const T* x = static_cast<const T*>(u.data_ptr());
       const int64_t* target = static_cast<const int64_t*>(y.data_ptr());
       T *to = static_cast<T*>(p.data_ptr()), *flag = static_cast<T*>(valid.data_ptr());
-      for (int64_t r = 0; r < R; ++r) {
-        softmax_row<T>(x + r * u.stride(0), u.stride(1), K, to + r * K);
-        const int64_t c = target[r * y.stride(0)];
+      for (int64_t r = 0; r < N * D; ++r) {
+        const int64_t n = r / D, d = r % D, c = target[n * y.stride(0) + d * y.stride(1)];
+        softmax_row<T>(x + n * u.stride(0) + d * u.stride(1), u.stride(2), K, to + r * K);
         flag[r] = c != ignored;
-        counts[0] += c != ignored;
-        counts[1] += c != ignored && (c < 0 || c >= K);
+        counted += c != ignored;
+        outside += c != ignored && (c < 0 || c >= K);
+        for (int64_t k = 0; k < K; ++k) nan += to[r * K + k] != to[r * K + k];
       }
-      for (int64_t i = 0; i < R * K; ++i) counts[2] += to[i] != to[i];
     } else {
       CURVATURE_CHECK(false, "softmax_targets: float32 or float64 is needed.");
     }
   });
+  double* counts = static_cast<double*>(found.data_ptr());
+  counts[0] = static_cast<double>(counted), counts[1] = static_cast<double>(outside);
+  counts[2] = static_cast<double>(nan);
   return {p, valid, found};
 }
 

@@ -45,7 +45,7 @@ class ClosedForm:
 
     @property
     def parameters(self) -> list[str]:
-        return list(_signature(self.function).parameters)
+        return list(_parameter_names(self.function))
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """All arguments but input and target by name, defaults filled in."""
@@ -67,6 +67,11 @@ class ClosedForm:
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     """Asked for with every loss, and slow to find out."""
     return inspect.signature(function)
+
+
+@functools.cache
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(_signature(function).parameters)
 
 
 @functools.cache
@@ -122,6 +127,7 @@ def bind_call(
 
 def as_functional(loss_fn: Callable[..., Any]) -> FunctionalLoss | None:
     """The closed form that a module, a function or a partial function is, or None."""
+    given: dict[str, Any] = {}
     if isinstance(loss_fn, nn.Module):
         form = BY_MODULE.get(type(loss_fn))
         if form is None or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
@@ -132,9 +138,12 @@ def as_functional(loss_fn: Callable[..., Any]) -> FunctionalLoss | None:
                 "gaussian_nll_loss, var=...) for a fixed variance, or lambda outputs, targets: torch.nn.functional."
                 "gaussian_nll_loss(mean of outputs, targets, var of outputs) for a predicted one."
             )
-        names = [name for name in form.parameters[2:] if hasattr(loss_fn, name)]
-        return FunctionalLoss(form, {name: getattr(loss_fn, name) for name in names})
-    given: dict[str, Any] = {}
+        for name in _parameter_names(form.function)[2:]:
+            for place in (vars(loss_fn), loss_fn._buffers, loss_fn._parameters):
+                if name in place:
+                    given[name] = place[name]
+                    break
+        return FunctionalLoss(form, given)
     if isinstance(loss_fn, functools.partial):
         form = BY_FUNCTION.get(loss_fn.func)
         if form is None or loss_fn.args or set(loss_fn.keywords) & set(form.parameters[:2]):

@@ -46,7 +46,9 @@ class Loss(abc.ABC):
             raise ValueError(f"{self.name}: the data holds no batch.")
         if self.normalisation == "sum":
             return torch.ones_like(denominators[0])
-        total = torch.stack([d.to(denominators[0].device) for d in denominators]).sum()
+        total = denominators[0]
+        if len(denominators) > 1:
+            total = torch.stack([d.to(total.device) for d in denominators]).sum()
         value = total.item()
         if value == 0 or value != value:
             raise ValueError(
@@ -138,5 +140,7 @@ def denominator_of(value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-dim float64 tensor on the device of `like` (on the CPU where the device has no float64)."""
     device = torch.device("cpu") if like.device.type == "mps" else like.device
     if isinstance(value, Tensor):
+        if value.dtype == torch.float64 and value.device == device and not value.requires_grad:
+            return value
         return value.detach().to(device).to(torch.float64)
     return torch.tensor(float(value), dtype=torch.float64, device=device)

@@ -35,7 +35,7 @@ class Layout:
         lead = outputs.shape[: outputs.dim() - len(self.shape)]
         size = (*lead, self.shape[0], self.positions, self.classes)
         if self.index is None:
-            if self.class_axis is not None:
+            if self.class_axis is not None and self.class_axis != len(self.shape) - 1:
                 outputs = outputs.movedim(len(lead) + self.class_axis, -1)
             return outputs.reshape(size)
         flat = outputs.reshape(*lead, self.shape[0], math.prod(self.shape[1:]))
@@ -46,7 +46,7 @@ class Layout:
         """`[..., N, D, K]` to `[..., N, *out]`; outputs that no position reads are zero."""
         lead = x.shape[:-3]
         if self.index is None:
-            if self.class_axis is None:
+            if self.class_axis is None or self.class_axis == len(self.shape) - 1:
                 return x.reshape(*lead, *self.shape)
             rest = [size for axis, size in enumerate(self.shape) if axis != self.class_axis]
             return x.reshape(*lead, *rest, self.classes).movedim(-1, len(lead) + self.class_axis)

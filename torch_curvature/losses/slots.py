@@ -45,7 +45,7 @@ class Slots:
     def take(self, per_position: Tensor, first: int, last: int) -> Tensor:
         """`[N, D]` or `[N, D, K]` at slots first to last: `[s, N]` or `[s, N, K]`."""
         if self.in_order:
-            return per_position[:, first:last].transpose(0, 1)
+            return (per_position if last - first == self.count else per_position[:, first:last]).transpose(0, 1)
         order = self.order[:, first:last]
         if per_position.dim() == 3:
             order = order.unsqueeze(-1).expand(-1, -1, per_position.shape[-1])

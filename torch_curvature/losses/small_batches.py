@@ -52,9 +52,9 @@ def softmax_targets(logits: Tensor, y: Tensor, ignored: int) -> Targets | None:
     """Of logits `[N, D, K]` and classes `y [N, D]` of int64; None where operators of torch must do it."""
     if not 0 < logits.numel() <= FEW or type(y) is not Tensor or not _applies(logits):
         return None
-    p, valid, found = _targets(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), ignored)
-    count, outside, nan = found.tolist()
-    return Targets(p.view(logits.shape), valid.view(y.shape), found[0], outside > 0, nan > 0, count == y.numel())
+    p, valid, found = _targets(logits, y, ignored)
+    total, outside, nan = found.tolist()
+    return Targets(p, valid, found[0], outside > 0, nan > 0, total == y.numel())
 
 
 def softmax_columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor | None:
