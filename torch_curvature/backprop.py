@@ -25,6 +25,7 @@ from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
 from .trust import check_same_pass, is_separate, pairs_of_biases, same_derivatives, verify
+from .unfolding import unfolding_of
 
 # Unfolded inputs that are kept between chunks of columns.
 KEEP_BYTES = 1 << 28
@@ -42,6 +43,7 @@ class Backpropagation:
 
     Attributes:
         plan: how each parameter is handled.
+        once: there is one column: inputs that are large unfolded are so a few samples at a time, and are not kept.
     """
 
     def __init__(
@@ -59,8 +61,7 @@ class Backpropagation:
         self.forward = forward
         self.repeatable = repeatable
         self.attached = attached
-        self._kept: dict[Any, Any] = {}
-        self._kept_bytes = 0
+        self._kept, self._kept_bytes, self.once = dict[Any, Any](), 0, False
         self.plan = self._plan()
 
     def _plan(self) -> Plan:
@@ -272,7 +273,11 @@ class Backpropagation:
         for i in indices:
             derivative = derivatives[uses[i].edge]
             if derivative is not None:
-                parts.append((i, self._gradient(i, derivative), self._cached(i, partial(self._activation, i))))
+                g, a = self._gradient(i, derivative), partial(self._cached, i, partial(self._activation, i))
+                alone = self.once and len(indices) == 1 and uses[i].numel == shape.numel()
+                if alone and (unfolding := unfolding_of(uses[i], self.plan.layouts[i], g, a)) is not None:
+                    return Factor(g, unfolding, shape)
+                parts.append((i, g, a()))
         if not parts:
             return None
         if len(parts) == 1 or len({(uses[i].transposed, form(a)) for i, _, a in parts}) == 1:

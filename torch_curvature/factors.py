@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_gram, jacobian_norms
 from .ops.routing import without_autocast
+from .unfolding import Unfolding, in_parts, smaller_formed
 
 # Elements of a temporary that stays in the second-level cache of one core (float32: 1 MiB).
 CACHE_ELEMENTS = 1 << 18
@@ -35,7 +36,8 @@ class Factor:
 
     Attributes:
         g: [V, N, S, O], derivative of each column with respect to the layer's output.
-        a: [N, S, I] the layer's input; None stands for ones with I = 1 (then S = 1 and ``g`` is the Jacobian).
+        input: ``a`` [N, S, I], the layer's input; None stands for ones with I = 1 (then S = 1 and ``g`` is the
+            Jacobian); an :class:`Unfolding` makes it when it is needed.
         shape: shape of the parameter.
         transposed: the parameter is stored as [I, O] and not as [O, I].
         rows: [I] rows of the parameter that the I entries of ``a`` stand for (an embedding table of which this
@@ -46,7 +48,7 @@ class Factor:
     """
 
     g: Tensor
-    a: Tensor | None
+    input: Tensor | Unfolding | None
     shape: torch.Size
     transposed: bool = False
     rows: Tensor | None = None
@@ -54,12 +56,17 @@ class Factor:
     ones: Callable[[], Tensor] | None = None
 
     @property
+    def a(self) -> Tensor | None:
+        """All of the input."""
+        return self.input.whole().to(self.g.dtype) if isinstance(self.input, Unfolding) else self.input
+
+    @property
     def outputs(self) -> int:
         return self.g.shape[3]
 
     @property
     def inputs(self) -> int:
-        return 1 if self.a is None else self.a.shape[2]
+        return 1 if self.input is None else self.input.shape[2]
 
     @property
     def positions(self) -> int:
@@ -89,7 +96,10 @@ class Factor:
 
     def samples(self, start: int, stop: int) -> Factor:
         """The same for samples start..stop-1."""
-        a = None if self.a is None else self.a[start:stop]
+        if isinstance(self.input, Unfolding):
+            stop = min(stop, self.g.shape[1])
+            return Factor(self.g[:, start:stop], self.input.part(start, stop), self.shape)
+        a = None if self.input is None else self.input[start:stop]
         factor = Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows)
         return factor if self.ones is None else factor.with_bias(self.bias, lambda: self.with_ones()[start:stop])
 
@@ -108,6 +118,8 @@ class Factor:
     def jacobian(self) -> Tensor:
         """[V, N, size], flattened as the parameter is, restricted to the reachable entries."""
         V, N, S, O = self.g.shape
+        if isinstance(self.input, Unfolding):
+            return torch.cat([part.jacobian() for _, part in in_parts(self)], 1)
         if self.a is None:
             return self.g.sum(2) if S > 1 else self.g.reshape(V, N, O)
         if S == 1:
@@ -198,7 +210,8 @@ def _as_g(factor: Factor) -> Tensor:
 
 def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
     """Operands g and a of the operators."""
-    if factor.a is not None:
+    if factor.input is not None:
+        assert factor.a is not None
         return factor.g, factor.a
     g = factor.jacobian()[:, :, None]
     return g, _ones(g)
@@ -206,6 +219,8 @@ def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
 
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
+    if isinstance(factor.input, Unfolding):
+        return torch.cat([squared_norms(part) for _, part in in_parts(factor)], 1)
     if factor.a is None:
         return jacobian_norms(*_bare(factor))
     if factor.bias is None or factor.a.numel() <= FEW:
@@ -215,8 +230,12 @@ def squared_norms(factor: Factor) -> Tensor:
 
 def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
     """``sum_vn sign[v,n] J[v,n]^2`` in the parameter's shape."""
-    g, a = _bare(factor)
-    out = gauss_newton_diagonal(g, a, None if sign is None else sign.to(g.dtype))
+    out: Tensor | None = None
+    for chosen, part in in_parts(factor):
+        g, a = _bare(part)
+        found = gauss_newton_diagonal(g, a, None if sign is None else sign[:, chosen].to(g.dtype))
+        out = found if out is None else out.add_(found)
+    assert out is not None
     return factor.spread((out.T if factor.transposed else out).reshape(-1), (0,)).reshape(factor.shape)
 
 
@@ -230,10 +249,10 @@ def diagonals(name: str, factor: Factor, sign: Tensor | None = None) -> dict[str
 
 def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
     """``sum_n J[n]`` and ``sum_n J[n]^2`` elementwise, in float64 and the parameter's shape (V = 1)."""
-    if factor.a is None:
+    if factor.input is None:
         J = factor.jacobian()[0].double()
         first, second = J.sum(0), J.square().sum(0)
-    elif factor.positions == 1:
+    elif factor.positions == 1 and factor.a is not None:
         g, a = factor.g[0, :, 0].double(), factor.a[:, 0].double()
         first, second = g.T @ a, g.square().T @ a.square()
         if factor.transposed:
@@ -277,7 +296,7 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
 
     With ``add_to`` they are added to it, and it is returned.
     """
-    if left.a is None or right.a is None:
+    if left.input is None or right.input is None or any(smaller_formed(factor) for factor in (left, right)):
         first = _as_g(left)
         second = first if right is left else _as_g(right)
         if right is left:

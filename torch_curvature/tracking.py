@@ -147,6 +147,7 @@ class Track:
             batch.backpropagation = Backpropagation(
                 self._model, self._parameters, captured, forward, not batch.drew, attached
             )
+            batch.backpropagation.once = True
             captured.outputs = outputs.detach()  # the graph is the user's to keep or free
             batch.output_like = captured.outputs
             plan = batch.backpropagation.plan

@@ -83,11 +83,12 @@ def convolution(
         return
     kernel, spread, step = weight.shape[2:], per_axis(dilation, axes), per_axis(stride, axes)
 
-    def unfolded() -> Tensor:  # [R, channels * kernel, L]
+    def unfolded(rows: slice = slice(None)) -> Tensor:  # [R, channels * kernel, L]
         flat = margins(padding, kernel, spread)
-        padded = F.pad(input, flat) if any(flat) else input
+        x = input[rows]
+        padded = F.pad(x, flat) if any(flat) else x
         view = patches(padded, kernel, step, spread, output.shape[2:])
-        return copied(view, input.shape[0], input.shape[1] * kernel.numel(), output.shape[2:].numel())
+        return copied(view, x.shape[0], x.shape[1] * kernel.numel(), output.shape[2:].numel())
 
     def grouped(dz: Tensor) -> Tensor:
         V, R = dz.shape[:2]
@@ -96,7 +97,8 @@ def convolution(
         return torch.matmul(g, a.transpose(2, 3)).reshape(V, R, 1, -1)
 
     if groups == 1:
-        yield Use(weight, 1, channels_last, lambda: unfolded().transpose(1, 2))
+        part = lambda rows: unfolded(rows).transpose(1, 2)  # noqa: E731
+        yield Use(weight, 1, channels_last, lambda: unfolded().transpose(1, 2), part=part)
     else:
         yield Use(weight, 1, grouped)
     if bias is not None:

@@ -35,6 +35,7 @@ class Use:
         gradient: maps a derivative with respect to z, [V, R, *F], to g [V, R, s, O]; None where F is (O,).
         activation: gives a [R, s, I], or integers [R, s] where a is one-hot (negative: no row at all); None for
             a = 1 with I = 1: then g is the Jacobian, O counts the entries of the parameter.
+        part: gives a of some rows only, where it is much larger than what it is made from.
         transposed: the parameter is stored as [I, O] instead of [O, I].
         is_lookup: rows of a table that may have been looked up once for all samples.
     """
@@ -45,6 +46,7 @@ class Use:
     activation: Callable[[], Tensor] | None = None
     transposed: bool = False
     is_lookup: bool = False
+    part: Callable[[slice], Tensor] | None = None
 
 
 FUNCTION_RULES: dict[Callable[..., Any], Rule] = {}

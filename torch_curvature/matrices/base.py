@@ -66,7 +66,7 @@ class Batch:
         """In the matrix's dtype, where the parameters have several."""
         dtype = self.matrix.dtype
         if factor.g.dtype != dtype:
-            factor.g, factor.a = factor.g.to(dtype), None if factor.a is None else factor.a.to(dtype)
+            factor.g, factor.input = factor.g.to(dtype), None if factor.a is None else factor.a.to(dtype)
         return factor
 
     def _scaled_columns(self, few: bool) -> Columns:
@@ -119,7 +119,7 @@ class Matrix(abc.ABC):
         if not self.parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to differentiate")
         for name, p in self.parameters.items():
-            if nn.parameter.is_lazy(p):
+            if type(p) is not nn.Parameter and nn.parameter.is_lazy(p):
                 raise ValueError(f"parameter {name!r} is not initialised yet: run the model once on a batch first")
             if not p.is_floating_point():
                 raise TypeError(f"parameter {name!r} has dtype {p.dtype}: real floating parameters are needed")

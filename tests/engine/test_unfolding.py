@@ -1,0 +1,127 @@
+"""Convolutions in a tracked step: their inputs are unfolded a few samples at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_curvature as tc
+from torch_curvature import unfolding
+
+from .models import Function
+from .test_matrices import close
+
+LOSS = nn.CrossEntropyLoss()
+N = 7
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(4, 5, 3),
+    "no bias": lambda: nn.Conv2d(4, 5, (1, 2), bias=False),
+    "padding, stride": lambda: nn.Conv2d(4, 5, 3, padding=(2, 1), stride=(2, 1)),
+    "dilation": lambda: nn.Conv2d(4, 5, 2, dilation=(3, 2), stride=2, padding=2),
+    "groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "same padding": lambda: nn.Conv2d(4, 5, 3, padding="same"),
+    "circular": lambda: nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"),
+    "transposed": lambda: nn.ConvTranspose2d(4, 5, 3, stride=2),
+    "one dimension": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 5, 3, stride=2, padding=1)),
+    "three dimensions": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 3, 2, padding=(0, 1, 0))),
+    "more outputs than positions": lambda: nn.Conv2d(4, 9, (6, 5)),
+    "used twice": lambda: Function(lambda m, x: m.c(m.c(x)) + m.c(x), c=nn.Conv2d(4, 4, 3, padding=1)),
+    "frames of one sample": lambda: Function(
+        lambda m, x: m.c(x.reshape(-1, 2, *x.shape[2:])).reshape(len(x), -1), c=nn.Conv2d(2, 3, 2)
+    ),
+    "frames, time first": lambda: Function(
+        lambda m, x: m.c(x.unflatten(1, (2, 2)).transpose(0, 1).flatten(0, 1)).unflatten(0, (2, -1)).sum(0),
+        c=nn.Conv2d(2, 3, 2),
+    ),
+    "some of its outputs": lambda: Function(
+        lambda m, x: nn.functional.conv2d(x, m.c.weight[1:4], m.c.bias[1:4]), c=nn.Conv2d(4, 5, 3)
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    layers = nn.Conv2d(2, 4, 2), nn.ReLU(), LAYERS[name](), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3)
+    model, x = nn.Sequential(*layers), torch.randn(N, 2, 8, 7)
+    model(x)
+    return model, x, torch.randint(3, (N,))
+
+
+def expected(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Gradients of the samples' shares of the mean, [N, P]."""
+    rows = []
+    for n in range(len(x)):
+        loss = LOSS(model(x[n : n + 1]), y[n : n + 1]) / len(x)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """No more samples at a time than there must be; the ranges that were asked for."""
+    asked: list[tuple[int, int]] = []
+    ranges = unfolding.Unfolding.ranges
+
+    def noted(self: Any) -> Any:
+        for part in ranges(self):
+            asked.append(part)
+            yield part
+
+    monkeypatch.setattr(unfolding, "PART_BYTES", 0)
+    monkeypatch.setattr(unfolding.Unfolding, "ranges", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return asked
+
+
+@pytest.mark.parametrize("parameter_gradients", [True, False])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_tracked_step(
+    name: str, form: torch.memory_format, parameter_gradients: bool, small_parts: list[tuple[int, int]]
+) -> None:
+    model, x, y = build(name)
+    truth = expected(model, x, y)
+    x = x.contiguous(memory_format=form)
+    for _ in range(2):
+        with tc.track(model, parameter_gradients=parameter_gradients) as t:
+            LOSS(model(x), y).backward()
+        assert set(t.coverage().values()) == {"closed rule"}
+        small_parts.clear()
+        close(t.gradient_norms(), truth.norm(dim=1))
+        assert small_parts[:4] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+        close(t.gradient_gram(), truth @ truth.T)
+        close(torch.cat([g.flatten(1) for g in t.gradients().values()], 1), truth)
+        variance = torch.cat([g.flatten() for g in t.gradient_variance().values()])
+        close(variance, truth.var(0, correction=0))
+
+
+def test_two_steps(small_parts: list[tuple[int, int]]) -> None:
+    """Inner products between batches of which one has its Jacobians formed in parts, and the other whole."""
+    model, x, y = build("padding, stride")
+    with tc.track(model) as t:
+        for rows in (slice(0, 1), slice(1, 7)):
+            LOSS(model(x[rows]), y[rows]).backward()
+    truth = torch.cat([expected(model, x[rows], y[rows]) for rows in (slice(0, 1), slice(1, 7))])
+    close(t.gradient_gram(), truth @ truth.T)
+    close(t.gradient_norms(), truth.norm(dim=1))
+
+
+def test_parts_are_as_large_as_they_may_be() -> None:
+    found = unfolding.Unfolding(torch.Size((100, 50, 1000)), lambda a, b: torch.empty(0), lambda: torch.empty(0), 8)
+    ranges = list(found.ranges())
+    assert [start for start, _ in ranges[1:]] == [stop for _, stop in ranges[:-1]]
+    assert (ranges[0][0], ranges[-1][1]) == (0, 100)
+    step = ranges[0][1]
+    assert step == max(2 * torch.get_num_threads(), unfolding.PART_BYTES // (50 * 1000 * 8))
+
+
+def test_matrices_unfold_once(small_parts: list[tuple[int, int]]) -> None:
+    """Every chunk of columns meets the same input."""
+    model, x, y = build("plain")
+    tc.GaussNewton(model, LOSS, (x, y)).diagonal()
+    assert not small_parts

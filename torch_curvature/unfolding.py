@@ -1,0 +1,78 @@
+"""Inputs of layers that take far more memory unfolded than as they are, formed for a few samples at a time.
+
+The patches that a convolution of 3 x 3 sees are nine times its input. Formed all at once they go through fresh memory,
+which costs several times what is written to it; a few samples at a time go through one block that stays in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of the patches of a few samples: less than what is asked for in large pages.
+PART_BYTES = (1 << 22) - 1
+
+
+@dataclass(slots=True)
+class Unfolding:
+    """``a [N, S, I]`` that is not there yet.
+
+    Attributes:
+        shape: [N, S, I].
+        part: gives a of samples start..stop-1.
+        whole: gives all of it.
+        itemsize: bytes of an entry.
+    """
+
+    shape: torch.Size
+    part: Callable[[int, int], Tensor]
+    whole: Callable[[], Tensor]
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.shape.numel() * self.itemsize
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """First sample and the one after the last of each part; enough samples in each for all threads."""
+        N = self.shape[0]
+        step = max(PART_BYTES * N // max(1, self.size), 2 * torch.get_num_threads(), 1)
+        for start in range(0, N, step):
+            yield start, min(N, start + step)
+
+
+def in_parts(factor: Any) -> Iterator[tuple[slice, Any]]:
+    """A factor itself, or factors of a few samples each where its input is still to be unfolded."""
+    if not isinstance(factor.input, Unfolding):
+        yield slice(None), factor
+        return
+    for start, stop in factor.input.ranges():
+        yield slice(start, stop), factor.samples(start, stop)
+
+
+def smaller_formed(factor: Any) -> bool:
+    """Whether a factor's Jacobian takes less memory than its input, which is still to be unfolded."""
+    V, _, S, O = factor.g.shape
+    return isinstance(factor.input, Unfolding) and V * O < S
+
+
+def unfolding_of(recorded: Any, layout: Any, g: Tensor, whole: Callable[[], Tensor]) -> Unfolding | None:
+    """What a recorded use meets ``g [V, N, S, O]`` with, where it can and should be formed a few samples at a time."""
+    use, (_, N, S, O) = recorded.use, g.shape
+    rows = recorded.output_shape[: use.batch_axes].numel()
+    in_order = layout.axis == 0 and not layout.minor
+    if use.part is None or recorded.transposed or not in_order or g.device.type != "cpu" or g.numel() == 0:
+        return None
+    each, inputs = rows // N, recorded.numel // O
+
+    def part(start: int, stop: int) -> Tensor:
+        found: Tensor = use.part(slice(start * each, stop * each))
+        return found.detach().to(g.dtype).reshape(stop - start, S, inputs)
+
+    found = Unfolding(torch.Size((N, S, inputs)), part, whole, g.element_size())
+    return found if found.size > PART_BYTES else None
