@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "ops",
     },
     "matrices": {
+        "joining",
         "second_nodes",
         "second_order",
         "second_passes",

@@ -92,6 +92,16 @@ def chain_between(outputs: Tensor, edges: Sequence[GradientEdge]) -> Chain | Non
     return None
 
 
+def applies(x: Tensor) -> bool:
+    """Whether the helpers can be called with such tensors here."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and route(x) is Route.KERNEL
+    )
+
+
 def pull_back(
     outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor, roots: bool = False
 ) -> list[Tensor] | None:
@@ -103,15 +113,9 @@ def pull_back(
     Returns:
         None where it must be done otherwise: no chain, large layers, another device, a transform of ``torch.func``.
     """
-    if (
-        type(columns) is not Tensor
-        or columns.device.type != "cpu"
-        or columns.dtype not in (torch.float32, torch.float64)
-    ):
-        return None
     try:
         with torch.no_grad():
-            if route(columns) is not Route.KERNEL:
+            if not applies(columns):
                 return None
             chain = chain_between(outputs, edges)
             if chain is None:

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from . import nodes
 from .backprop import Backpropagation
 from .capture import Capture, capture, observation
+from .chain_products import product_chain
 from .ops.routing import without_autocast
 from .plan import working_dtype
 from .recorder import Recorder
@@ -67,6 +68,11 @@ def push_forward(
     """One pass that gives the outputs, attached to the graph, and ``J v`` of the outputs' shape."""
     if model not in FORWARD_MODE:
         captured = capture(model, forward, batch, parameters, Recorder({}))
+        chain = captured.cache["chain"] = product_chain(captured.outputs, parameters)
+        if chain is not None:
+            dtype = captured.outputs.dtype
+            given = {id(p): tangents[name].reshape(p.shape).to(dtype) for name, p in parameters.items()}
+            return captured, chain.ahead(given)
         with without_autocast(captured.outputs):
             by_nodes = nodes.push_forward(captured.outputs, parameters, tangents)
         if by_nodes is not None:
@@ -162,9 +168,13 @@ def _pulled_by_nodes(
     """By the graph's nodes; None where autograd must do it."""
     if captured.record.hooked or any(p._backward_hooks for p in parameters.values()):
         return None
+    chain = captured.cache.get("chain")
+    if chain is not None:
+        sums = chain.back(u)
+        return [sums.get(id(p)) for p in parameters.values()]
     graph = nodes.known_graph(captured.outputs)
-    if graph is None:
-        return None
+    if graph is None or not any(node.name() in nodes.SPATIAL for node in graph):
+        return None  # small operators take autograd's engine less time
     leaves = {id(node.variable): GradientEdge(node, 0) for node in graph if node.name() == nodes.LEAF}
     used = [leaves[id(p)] for p in parameters.values() if id(p) in leaves]
     pulled = nodes.pull_back(captured.outputs, used, u.unsqueeze(0))

@@ -13,14 +13,10 @@
 // Samples are taken kCols at a time, next to one another in panels [F][kCols] that stay in the first cache: the tiles
 // of a product are the next panel as they stand, and slopes, squares and sums run along vectors. 2 V N F F' flops a
 // layer; bytes of columns, operands and results once.
-#include "jacobian.h"
-
-#include <cmath>
+#include "dense_chain.h"
 
 namespace torch_curvature::cpu {
 namespace {
-enum Kind : int64_t { kDense, kSlope, kPositive, kKeep };
-
 template <class T>
 struct Step {
   int64_t kind, width;         // of what it leaves behind
@@ -31,16 +27,6 @@ struct Step {
 };
 
 template <class T>
-CURVATURE_CLONES void multiply(T* __restrict__ x, const T* __restrict__ s, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] *= s[i];
-}
-
-template <class T>
-CURVATURE_CLONES void keep_positive(T* __restrict__ x, const T* __restrict__ s, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = s[i] <= 0 ? T(0) : x[i];
-}
-
-template <class T>
 CURVATURE_CLONES void add_square(const T* __restrict__ x, T* __restrict__ sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i] * x[i];
 }
@@ -48,34 +34,6 @@ CURVATURE_CLONES void add_square(const T* __restrict__ x, T* __restrict__ sum, i
 template <class T>
 CURVATURE_CLONES void root(T* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = std::sqrt(x[i]);
-}
-
-// out[c, f] = panel[f, c] for c < count: four by four in registers where that fills them.
-template <class T>
-CURVATURE_CLONES void unpack(const T* panel, int64_t width, int64_t count, T* out) {
-  constexpr int64_t W = kCols<T>;
-  int64_t f = 0;
-  if constexpr (std::is_same_v<T, float>) {
-    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-    for (; f + 4 <= width; f += 4) {
-      const float* x = panel + f * W;
-      for (int64_t c = 0; c + 4 <= count; c += 4) {
-        auto row = [&](int64_t k) { return *reinterpret_cast<const Four*>(x + k * W + c); };
-        auto to = [&](int64_t k) -> Four& { return *reinterpret_cast<Four*>(out + (c + k) * width + f); };
-        const Four a = row(0), b = row(1), d = row(2), e = row(3);
-        const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7),
-                   de = __builtin_shufflevector(d, e, 0, 4, 1, 5), de2 = __builtin_shufflevector(d, e, 2, 6, 3, 7);
-        to(0) = __builtin_shufflevector(ab, de, 0, 1, 4, 5);
-        to(1) = __builtin_shufflevector(ab, de, 2, 3, 6, 7);
-        to(2) = __builtin_shufflevector(ab2, de2, 0, 1, 4, 5);
-        to(3) = __builtin_shufflevector(ab2, de2, 2, 3, 6, 7);
-      }
-      for (int64_t c = count / 4 * 4; c < count; ++c)
-        for (int64_t k = 0; k < 4; ++k) out[c * width + f + k] = x[k * W + c];
-    }
-  }
-  for (; f < width; ++f)
-    for (int64_t c = 0; c < count; ++c) out[c * width + f] = panel[f * W + c];
 }
 
 template <class T>
@@ -89,7 +47,7 @@ struct Chain {
 
   void block(int64_t n0, int64_t count) const {
     constexpr int64_t W = kCols<T>;
-    Buffer<T> first(divide_up(widest, kRows) * kRows * W), second(divide_up(widest, kRows) * kRows * W);
+    Buffer<T> first(panel_size<T>(widest)), second(panel_size<T>(widest));
     Buffer<T> slope(slopes * W), sums(roots ? kept * W : 0);
     const auto product = tile_product<T>();
     for (const Step<T>& s : steps)
@@ -102,9 +60,7 @@ struct Chain {
       pack_panel<T, T>(columns + v * cv + n0 * cn, depth, cf, cn, count, G);
       for (const Step<T>& s : steps) {
         if (s.kind == kDense) {
-          for (int64_t i = 0; i < s.width; i += kRows)
-            product(weights + s.at + i / W * depth * W + i % W, W, G, W, {depth}, next + i * W,
-                    std::min(kRows, s.width - i), W, false);
+          next_panel<T>(product, weights + s.at, depth, s.width, G, next, false);
           std::swap(G, next);
           depth = s.width;
         } else if (s.kind == kSlope) {
