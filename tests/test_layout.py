@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "chains": {"nodes", "ops"},
     "chain_products": {"chains", "nodes"},
     "joining": set(),
+    "norms": {"factors", "ops"},
     "backprop": {
         "chains",
         "unfolding",
@@ -52,6 +53,7 @@ MAY_IMPORT = {
     "second_order": {"joining", "second_passes", "second_nodes", "node_columns", "backprop", "plan", "layers"},
     "attached": {"capture", "recorder"},
     "tracking": {
+        "norms",
         "attached",
         "detaching",
         "backprop",
@@ -65,6 +67,7 @@ MAY_IMPORT = {
     },
     "matrices": {
         "joining",
+        "norms",
         "second_nodes",
         "second_order",
         "second_passes",

@@ -20,7 +20,8 @@ from .attached import attached_pass, batch_size, counts_samples, joined, leaves_
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
-from .factors import Factor, gradient_moments, inner_products, squared_norms
+from .factors import Factor, gradient_moments, inner_products
+from .norms import total_squared_norms
 from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError
 
@@ -106,7 +107,9 @@ class Track:
             self._hooks.append(output.register_hook(lambda gradient: self._arrive(derivatives, edge, gradient)))
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._recorder.active and torch.is_grad_enabled():
+        if not (self._recorder.active and torch.is_grad_enabled()):
+            return
+        with torch._C.DisableTorchFunction():  # what is looked up here is no part of the model
             if self._batches and not self._batches[-1].derivatives:
                 raise UnsupportedModelError(
                     "the model was called again before backward(): which outputs belong to one sample is not known. "
@@ -122,17 +125,18 @@ class Track:
             return
         self._inside = False
         batch = self._batches[-1]
-        batch.drew = batch.random.changed()
         batch.uses = len(batch.record.uses)
         batch.escaped = frozenset(batch.record.escaped)
         leaves = leaves_of(output)
-        batch.samples = batch_size(leaves, (args, kwargs))
-        chosen = [i for i, leaf in enumerate(leaves) if counts_samples(leaf, batch.samples)]
+        with torch._C.DisableTorchFunction():  # as above
+            batch.drew = batch.random.changed()
+            batch.samples = batch_size(leaves, (args, kwargs))
+            chosen = [i for i, leaf in enumerate(leaves) if counts_samples(leaf, batch.samples)]
+            batch.output_shapes = [(i, leaves[i].shape) for i in chosen]
         if not chosen:
             raise UnsupportedModelError(
                 f"no output of the model has a leading axis of {batch.samples} samples and a gradient"
             )
-        batch.output_shapes = [(i, leaves[i].shape) for i in chosen]
 
         def forward(model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
             found = leaves_of(model(*inputs[0], **inputs[1]))
@@ -235,8 +239,10 @@ class Track:
         """[N] norms of the per-sample gradients over all parameters, without forming them where that is cheaper."""
         parts = []
         for batch in self._done():
-            each = [squared_norms(factor)[0] for _, factor in self._each(batch, True)]
-            parts.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
+            total = total_squared_norms(factor for _, factor in self._each(batch, True))
+            if total is None:
+                total = torch.zeros(1, batch.samples, device=next(iter(self._parameters.values())).device)
+            parts.append(total[0])
         norms = parts[0] if len(parts) == 1 else torch.cat(parts)
         return norms if squared else norms.sqrt()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import squared_norms
+from ..norms import total_squared_norms
 from ..tangents import pull_back, push_forward
 from .base import Batch, Columns, Matrix
 from .dual import between, gather
@@ -108,8 +108,9 @@ class Jacobian(Matrix):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self._sweep("frobenius_norm"):
             for factors, _ in batch.pieces():
-                for _, factor in factors:
-                    total = total + squared_norms(factor).sum(dtype=torch.float64)
+                norms = total_squared_norms(factor for _, factor in factors)
+                if norms is not None:
+                    total = total + norms.sum(dtype=torch.float64)
         return total.sqrt().to(self.dtype)
 
     def __matmul__(self, vector: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from ..capture import capture
-from ..plan import TOLERANCE
+from ..plan import TOLERANCE, working_dtype
 from ..tangents import double_backward_product, pull_back, push_forward
 from .blocks import normalised
 
@@ -98,9 +98,11 @@ def _product(matrix: Any, batch: Any, tangents: dict[str, Tensor], vector: Tenso
 
 def _agree(a: Tensor, b: Tensor, c: Tensor, d: Tensor, tolerance: float) -> bool:
     """Whether ``a . b = c . d`` up to rounding; not where anything is NaN."""
-    norms = [torch.linalg.vector_norm(x) for x in (a, b, c, d)]
-    ahead, back, *sizes = torch.stack([(a * b).sum(), (c * d).sum(), *norms]).tolist()
-    return bool(abs(ahead - back) <= tolerance * (sizes[0] * sizes[1] + sizes[2] * sizes[3]))
+    a, b, c, d = (x.reshape(-1).to(working_dtype(x.dtype)) for x in (a, b, c, d))
+    pairs = ((a, b), (c, d), (a, a), (b, b), (c, c), (d, d))
+    ahead, back, *squares = torch.stack([torch.dot(x, y).to(torch.float64) for x, y in pairs]).tolist()
+    sizes = (squares[0] * squares[1]) ** 0.5 + (squares[2] * squares[3]) ** 0.5
+    return bool(abs(ahead - back) <= tolerance * sizes)
 
 
 def pulled(matrix: Any, batch: Any, u: Tensor) -> Tensor:

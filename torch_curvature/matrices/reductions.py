@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Factor, diagonals, jacobian_chunks, mirrored_gram, squared_norms
+from ..factors import FEW, Factor, diagonals, jacobian_chunks, mirrored_gram
+from ..joining import with_ones
+from ..norms import total_squared_norms
 from .blocks import normalised
 
 
@@ -31,8 +33,8 @@ def trace_of(matrix: Any) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for batch in matrix._sweep("trace"):
         for factors, sign in batch.pieces(squares=True):
-            for _, factor in factors:
-                norms = squared_norms(factor)
+            norms = total_squared_norms(factor for _, factor in factors)
+            if norms is not None:
                 total = total + (norms if sign is None else norms * sign).sum(dtype=torch.float64)
     return (total / matrix._denominator).to(matrix.dtype)
 
@@ -73,7 +75,7 @@ def kronecker_of(matrix: Any, sharing: str) -> dict[str, tuple[Tensor, Tensor]]:
             first = False
     found = {}
     for key, (A, B) in sums.items():
-        found[key] = (A / rows_seen[key], B / matrix._denominator)
+        found[key] = (A.div_(rows_seen[key]), B if matrix._denominator == 1.0 else B.div_(matrix._denominator))
     return found
 
 
@@ -132,6 +134,8 @@ def _input_factor(factor: Factor, ones: bool) -> Tensor:
         return full
     if not ones:
         return mirrored_gram(a)
+    if a.numel() <= FEW:
+        return mirrored_gram(with_ones(a))
     A = a.new_empty(I + 1, I + 1)
     A[:I, :I] = mirrored_gram(a)
     A[I, :I] = A[:I, I] = a.sum((0, 1))

@@ -1,0 +1,111 @@
+"""Squared norms over all parameters: dense layers in one pass, the others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_curvature as tc
+from torch_curvature import norms
+from torch_curvature.factors import Factor, squared_norms
+
+dense_norms = torch.ops.torch_curvature.dense_norms
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
+    """The helper is one of the CPU."""
+    with torch.device("cpu"):
+        yield
+
+
+def factor(V: int, N: int, S: int, O: int, I: int | None, bias: bool, dtype: torch.dtype) -> Factor:
+    g, a = torch.randn(V, N, S, O, dtype=dtype), None if I is None else torch.randn(N, S, I, dtype=dtype)
+    found = Factor(g, a, torch.Size([O] if I is None else [O, I]))
+    if not bias or a is None:
+        return found
+    return found.with_bias("bias", lambda: torch.cat([a, torch.ones_like(a[..., :1])], -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("V", "N"), [(1, 1), (1, 50), (3, 7), (1, 3000)])
+def test_one_pass_and_one_by_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, V: int, N: int) -> None:
+    calls = []
+    helper = norms._dense_norms
+    monkeypatch.setattr(norms, "_dense_norms", lambda *a: (calls.append(len(a[0])), helper(*a))[1])
+    dense = [(1, 3, 5, True), (1, 40, 33, False), (1, 7, None, False), (1, 1, 1, True), (1, 17, 64, True)]
+    every = [factor(V, N, *sizes, dtype) for sizes in [*dense, (4, 3, 5, False), (3, 6, None, False)]]
+    strided = torch.randn(V, N, 1, 8, dtype=dtype)[..., ::2], torch.randn(N, 1, 6, dtype=dtype)[..., ::3]
+    every.append(Factor(*strided, torch.Size([4, 2])))
+    found = norms.total_squared_norms(iter(every))
+    assert found is not None
+    assert found.dtype == dtype
+    expected = torch.zeros(V, N)
+    for f in every:
+        J = f.jacobian().double()
+        expected += J.square().sum(-1) + (f.g.double().sum(2).square().sum(-1) if f.bias else 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-12)
+    assert calls == [5]
+    torch.testing.assert_close(sum(squared_norms(f) for f in every), found)
+
+
+def test_nothing() -> None:
+    assert norms.total_squared_norms([]) is None
+
+
+def test_under_a_transform() -> None:
+    g, a = torch.randn(4, 2, 6, 1, 3), torch.randn(4, 6, 1, 5)
+
+    def of(g: Tensor, a: Tensor) -> Tensor:
+        found = norms.total_squared_norms([Factor(g, a, torch.Size([3, 5]))])
+        assert found is not None
+        return found
+
+    torch.testing.assert_close(
+        torch.func.vmap(of)(g, a), g[:, :, :, 0].square().sum(-1) * a[:, None, :, 0].square().sum(-1)
+    )
+    x = g[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(of(x, a[0]).sum(), x)
+    torch.testing.assert_close(gradient, 2 * g[0] * a[0].square().sum(-1)[None, :, :, None])
+
+
+@pytest.mark.parametrize("parameter_gradients", [True, False])
+def test_tracked_norms(parameter_gradients: bool) -> None:
+    """Of layers of one position a sample, of several, and parameters that are no layer's, together."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.scale, self.last = nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(20, 2)
+            self.first = nn.Linear(12, 12, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.scale(self.rows(self.first(x.flatten(1)).view(-1, 4, 3)))).flatten(1))
+
+    model, x = Mixed(), torch.randn(9, 4, 3)
+    for _ in range(2):
+        with tc.track(model, parameter_gradients=parameter_gradients) as tracked:
+            model(x).square().sum().backward()
+        expected = sum(J.flatten(1).square().sum(1) for J in tracked.gradients().values())
+        torch.testing.assert_close(tracked.gradient_norms(squared=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("g", "a", "bias", "message"),
+    [
+        ([(2, 5, 3)], [(5, 4)], [], "as many"),
+        ([], [], [], "as many|no tensor arguments"),
+        ([(2, 5, 3), (2, 6, 3)], [(5, 4), (6, 4)], [0, 0], "layer 1 has g"),
+        ([(2, 5, 3)], [(6, 4)], [1], "layer 0 has g"),
+    ],
+)
+def test_errors(g: list[tuple[int, ...]], a: list[tuple[int, ...]], bias: list[int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        dense_norms([torch.randn(s) for s in g], [torch.randn(s) for s in a], bias)
+    with pytest.raises(RuntimeError, match="not contiguous"):
+        dense_norms([torch.randn(2, 5, 6)[..., ::2]], [torch.randn(5, 4)], [0])
+    with pytest.raises(RuntimeError, match="another dtype"):
+        dense_norms([torch.randn(2, 5, 6)], [torch.randn(5, 4).float()], [0])
