@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Bytes of the patches of a few samples: less than what is asked for in large pages.
 PART_BYTES = (1 << 22) - 1
+# Bytes of blocks that go back to the system when they are freed, so that every one of them is fresh.
+LARGE_BYTES = 1 << 25
 
 
 @dataclass(slots=True)
@@ -56,9 +58,9 @@ def in_parts(factor: Any) -> Iterator[tuple[slice, Any]]:
 
 
 def smaller_formed(factor: Any) -> bool:
-    """Whether a factor's Jacobian takes less memory than its input, which is still to be unfolded."""
+    """Whether a factor's Jacobian takes less memory than its input, which is not unfolded yet and takes a lot."""
     V, _, S, O = factor.g.shape
-    return isinstance(factor.input, Unfolding) and V * O < S
+    return isinstance(factor.input, Unfolding) and V * O < S and factor.input.size >= LARGE_BYTES
 
 
 def unfolding_of(recorded: Any, layout: Any, g: Tensor, whole: Callable[[], Tensor]) -> Unfolding | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import torch_curvature as tc
 from torch_curvature import unfolding
+from torch_curvature.layers import convolution
 
 from .models import Function
 from .test_matrices import close
@@ -73,6 +74,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
             yield part
 
     monkeypatch.setattr(unfolding, "PART_BYTES", 0)
+    monkeypatch.setattr(unfolding, "LARGE_BYTES", 0)
     monkeypatch.setattr(unfolding.Unfolding, "ranges", noted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return asked
@@ -125,3 +127,18 @@ def test_matrices_unfold_once(small_parts: list[tuple[int, int]]) -> None:
     model, x, y = build("plain")
     tc.GaussNewton(model, LOSS, (x, y)).diagonal()
     assert not small_parts
+
+
+@pytest.mark.parametrize("elements", [1, 100, 1 << 30])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_padded_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int, elements: int) -> None:
+    monkeypatch.setattr(convolution, "PADDED_ELEMENTS", elements)
+    x, weight = torch.randn(rows, 3, 6, 7), torch.randn(4, 3, 3, 2)
+    for options in ({"padding": 1}, {"stride": 2}, {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}):
+        output = torch.nn.functional.conv2d(x, weight, None, **options)
+        (use,) = convolution.convolution(output, x, weight, None, **options)
+        assert use.activation().shape == (rows, output.shape[2:].numel(), 18)
+        if rows:
+            expected = torch.nn.functional.unfold(x, (3, 2), **options).mT
+            assert torch.equal(use.activation(), expected)
+            assert torch.equal(use.part(slice(1, 3)), expected[1:3])

@@ -27,11 +27,8 @@ def patches(
     return x.as_strided((*x.shape[:2], *kernel, *out), (*x.stride()[:2], *kernel_strides, *out_strides))
 
 
-def copied(view: Tensor, *shape: int) -> Tensor:
-    """A view of overlapping patches as a tensor of its own, of the given shape."""
-    if torch.is_grad_enabled() and view.requires_grad:
-        return view.reshape(shape)
-    return in_large_pages(view, *view.shape).copy_(view).view(shape)
+# Elements of a few samples that are padded at a time: they stay in cache, and go through the same memory.
+PADDED_ELEMENTS = 1 << 19
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -82,13 +79,22 @@ def convolution(
     if output.dim() != axes + 2:
         return
     kernel, spread, step = weight.shape[2:], per_axis(dilation, axes), per_axis(stride, axes)
+    flat = margins(padding, kernel, spread)
+
+    def seen(x: Tensor) -> Tensor:  # [rows, channels, *kernel, *out], a view of what has been padded
+        return patches(F.pad(x, flat) if any(flat) else x, kernel, step, spread, output.shape[2:])
 
     def unfolded(rows: slice = slice(None)) -> Tensor:  # [R, channels * kernel, L]
-        flat = margins(padding, kernel, spread)
         x = input[rows]
-        padded = F.pad(x, flat) if any(flat) else x
-        view = patches(padded, kernel, step, spread, output.shape[2:])
-        return copied(view, x.shape[0], x.shape[1] * kernel.numel(), output.shape[2:].numel())
+        shape = x.shape[0], x.shape[1] * kernel.numel(), output.shape[2:].numel()
+        if torch.is_grad_enabled() and x.requires_grad:
+            return seen(x).reshape(shape)
+        whole = in_large_pages(x, x.shape[0], x.shape[1], *kernel, *output.shape[2:])
+        several = PADDED_ELEMENTS // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x)
+        several = max(1, several)
+        for start in range(0, len(x), several):
+            whole[start : start + several].copy_(seen(x[start : start + several]))
+        return whole.view(shape)
 
     def grouped(dz: Tensor) -> Tensor:
         V, R = dz.shape[:2]

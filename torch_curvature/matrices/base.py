@@ -52,6 +52,7 @@ class Batch:
             if derivatives is None:
                 derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
             yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns, True)), sign
+            del derivatives  # before the next ones are made, for which there is room then
 
     def chunks(self, few: bool = False) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
         """Pairs (factors by parameter name, sign [V, N] or None).
