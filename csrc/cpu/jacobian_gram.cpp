@@ -4,9 +4,10 @@
 // The cheaper by counted multiply-adds of
 //   overlaps: sum_st (g_s . g2_t)(a_s . a2_t), tile by tile            N S N2 S2 (I + V V2 O)
 //   formed:   J and J2 in chunks that stay in cache, then J J2^T       (V N S + V2 N2 S2) O I + V N V2 N2 O I
+//             (gram_of_rows.h where one batch with itself has few rows)
 // Without g2, a2 each pair of rows is met once (half of the above) and written twice: symmetric to the bit.
 // Neither an array over pairs of positions nor all of J is stored. Bytes moved: those of the operands and of out.
-#include "jacobian_gram.h"
+#include "gram_of_rows.h"
 
 namespace torch_curvature::cpu {
 namespace {
@@ -159,8 +160,9 @@ void gram_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2
   const Jacobian<T> left(g, a, s.left), right(g2 ? *g2 : g, a2 ? *a2 : a, s.right);
   const GramOutput<T> to{static_cast<T*>(out.data_ptr()), s.left.N, s.right.V, s.right.N, add};
   const bool threads = std::min(overlaps, formed) > kWorthThreads;
-  overlaps <= formed || S* S2 == 1 ? by_overlaps<T>(left, right, !g2, threads, to)
-                                   : gram_of_formed<T>(left, right, !g2, threads, to);
+  if (overlaps <= formed || S * S2 == 1) return by_overlaps<T>(left, right, !g2, threads, to);
+  if (!g2 && worth_rows<accumulate_t<T>>(R, O, I)) return gram_of_rows<T>(left, threads, to);
+  gram_of_formed<T>(left, right, !g2, threads, to);
 }
 
 Tensor jacobian_gram(const Tensor& g, const Tensor& a, std::optional<Tensor> g2, std::optional<Tensor> a2) {

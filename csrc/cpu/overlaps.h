@@ -1,3 +1,5 @@
+// Inner products of rows where they lie.
+//
 // Few positions: out[v] = sum_st (a_s . a_t)(g_vs . g_vt) straight from the rows of a and g, without packing them.
 //
 // Shapes: a [S, I], g [V, S, O], both with contiguous rows of whole vectors (zero up to there), out [V]. A block of R x
@@ -42,19 +44,23 @@ struct Rows {
 template <class A>
 struct Overlaps {
   void (*sum)(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out);
+  // (x, row, count, depth, sums): sums[r, c] += x_r . x_c, r <= c, of `count` rows that are `row` apart, of whole
+  // vectors
+  void (*inner)(const A*, int64_t, int64_t, int64_t, A*);
   int64_t lanes, rows;
 };
 
 template <class A>
 Overlaps<A> overlaps() {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-  static const Overlaps<A> best = __builtin_cpu_supports("x86-64-v4") ? Overlaps<A>{&overlaps_v4<A>, 64 / sizeof(A), 4}
-                                  : __builtin_cpu_supports("x86-64-v3")
-                                      ? Overlaps<A>{&overlaps_v3<A>, 32 / sizeof(A), 3}
-                                      : Overlaps<A>{&overlaps_generic<A>, 16 / sizeof(A), 3};
+  static const Overlaps<A> best =
+      __builtin_cpu_supports("x86-64-v4") ? Overlaps<A>{&overlaps_v4<A>, &overlaps_v4_inner<A>, 64 / sizeof(A), 4}
+      : __builtin_cpu_supports("x86-64-v3")
+          ? Overlaps<A>{&overlaps_v3<A>, &overlaps_v3_inner<A>, 32 / sizeof(A), 3}
+          : Overlaps<A>{&overlaps_generic<A>, &overlaps_generic_inner<A>, 16 / sizeof(A), 3};
   return best;
 #else
-  return {&overlaps_generic<A>, 16 / sizeof(A), 3};
+  return {&overlaps_generic<A>, &overlaps_generic_inner<A>, 16 / sizeof(A), 3};
 #endif
 }
 }  // namespace torch_curvature::cpu

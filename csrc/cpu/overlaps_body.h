@@ -117,6 +117,39 @@ CURVATURE_OVERLAPS_TARGET void CURVATURE_OVERLAPS_NAME(Rows<A> a, Rows<A> g, int
   }
 }
 
+// sums[r, c] += x_r . x_c for r <= c, in steps of depth that keep R rows in the first cache.
+template <class A>
+CURVATURE_OVERLAPS_TARGET void CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _inner)(const A* x, int64_t row, int64_t count,
+                                                                               int64_t depth, A* sums) {
+  typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
+  constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
+  constexpr int padded = (R * R + L - 1) / L * L;
+  constexpr int64_t kStep = 4096 / sizeof(A);
+  for (int64_t k = 0; k < depth; k += kStep)
+    for (int64_t s = 0; s < count; s += R)
+      for (int64_t t = s; t < count; t += R) {
+        const A *left[R], *right[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {  // beyond the last, the last again: not used
+          left[r] = x + std::min(s + r, count - 1) * row + k;
+          right[r] = x + std::min(t + r, count - 1) * row + k;
+        }
+        Vector sum[R][R], flat[padded];
+        CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _block)<A, R, false>(left, right, std::min(kStep, depth - k), sum);
+#pragma GCC unroll 16
+        for (int p = 0; p < padded; ++p) flat[p] = p < R * R ? sum[p / R % R][p % R] : Vector{};
+        A total[padded];
+#pragma GCC unroll 4
+        for (int p = 0; p < padded; p += L) {
+          CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _totals)<A>(flat + p);
+          *reinterpret_cast<Vector*>(total + p) = flat[p];
+        }
+        for (int64_t r = 0; r < std::min<int64_t>(R, count - s); ++r)
+          for (int64_t c = 0; c < std::min<int64_t>(R, count - t); ++c)
+            sums[(s + r) * count + t + c] += total[r * R + c];
+      }
+}
+
 #undef CURVATURE_OVERLAPS_NAME
 #undef CURVATURE_OVERLAPS_TARGET
 #undef CURVATURE_OVERLAPS_BYTES

@@ -1,0 +1,30 @@
+"""jacobian_gram of few rows with many positions, where J is formed in chunks of outputs and inputs."""
+
+import pytest
+import torch
+
+import torch_curvature as tc
+
+SIZES = [(1, 6, 40, 50, 200), (2, 3, 60, 140, 130), (1, 60, 40, 70, 135), (3, 2, 33, 300, 7), (1, 1, 17, 129, 257)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_few_rows_of_many_columns(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    V, N, S, O, I = sizes
+    g, a = torch.randn(V, N, S, O).to(dtype), torch.randn(N, S, I).to(dtype)
+    J = (g.double().mT @ a.double()).flatten(-2)
+    want = torch.einsum("vnp,wmp->vnwm", J, J)
+    size = J.norm(dim=-1).max().square()
+    accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    along = g.mT.contiguous().mT, a.mT.contiguous().mT  # contiguous along positions, as a convolution has them
+    for operands in ((g, a), along):
+        gram = tc.ops.jacobian_gram(*operands)
+        bound = torch.finfo(dtype).eps * want.abs() + 4 * accumulation * (S * O * I) ** 0.5 * size
+        assert ((gram.double() - want).abs() <= bound).all()
+        assert torch.equal(gram, gram.permute(2, 3, 0, 1))
+    held = torch.randn_like(gram)
+    added = tc.ops.jacobian_gram(g, a, add_to=held.clone())
+    torch.testing.assert_close(
+        added.double(), held.double() + want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
+    )
