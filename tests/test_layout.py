@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "chain_products": {"chains", "nodes"},
     "joining": set(),
     "norms": {"factors", "ops"},
+    "diagonals": {"norms", "factors"},
     "backprop": {
         "chains",
         "unfolding",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
     },
     "matrices": {
         "joining",
+        "diagonals",
         "norms",
         "second_nodes",
         "second_order",

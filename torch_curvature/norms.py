@@ -24,7 +24,7 @@ def total_squared_norms(factors: Iterable[Factor]) -> Tensor | None:
     inputs: list[Tensor] = []
     biases: list[int] = []
     for factor in factors:
-        if _is_dense(factor) and (not outputs or outputs[0].dtype == factor.g.dtype):
+        if is_dense(factor) and (not outputs or outputs[0].dtype == factor.g.dtype):
             bare = factor.a is None
             outputs.append(factor.g.squeeze(2))
             inputs.append(factor.g.new_empty(factor.g.shape[1], 0) if factor.a is None else factor.a.squeeze(1))
@@ -38,7 +38,7 @@ def total_squared_norms(factors: Iterable[Factor]) -> Tensor | None:
     return total
 
 
-def _is_dense(factor: Factor) -> bool:
+def is_dense(factor: Factor) -> bool:
     """Whether the helper takes it."""
     g, a = factor.g, factor.input
     if type(g) is not Tensor or g.device.type != "cpu" or g.dtype not in (torch.float32, torch.float64):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import FEW, Factor, diagonals, jacobian_chunks, mirrored_gram
+from ..diagonals import all_diagonals
+from ..factors import FEW, Factor, jacobian_chunks, mirrored_gram
 from ..joining import with_ones
 from ..norms import total_squared_norms
 from .blocks import normalised
@@ -18,10 +19,9 @@ def diagonal_of(matrix: Any) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for batch in matrix._sweep("diagonal"):
         for factors, sign in batch.pieces(squares=True):
-            for weight, factor in factors:
-                for name, part in diagonals(weight, factor, sign).items():
-                    known = sums.get(name)
-                    sums[name] = part if known is None else known.add_(part)
+            for name, part in all_diagonals(factors, sign).items():
+                known = sums.get(name)
+                sums[name] = part if known is None else known.add_(part)
     for name, p in matrix.parameters.items():
         if name not in sums:
             sums[name] = matrix.zeros(*p.shape)
