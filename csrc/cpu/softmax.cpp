@@ -12,6 +12,9 @@
 //   sqrt(p_k r_{k+1} / r_k) at k,   -p_j sqrt(p_k / (r_k r_{k+1})) at j > k,   0 at j < k,
 // 0 / 0 and x / 0 being zero: nothing is left of a tail that has vanished. One thread takes whole rows (s, n); bytes of
 // out once.
+//
+// softmax_product: p [N, D, K], mass [N, D], u [V, N, D, K] -> out [V, N, D, K], mass (diag p - p p^T) u. 4 V N D K
+// flops; bytes of u and out once.
 #include "kernel.h"
 
 #include <cmath>
@@ -114,15 +117,53 @@ Tensor softmax_columns(const Tensor& p, const Tensor& mass, int64_t low, int64_t
   });
   return out;
 }
+
+template <class T>
+CURVATURE_CLONES void product_of_row(const T* p, const T* u, T mass, int64_t K, T* __restrict__ out) {
+  double mean = 0;
+  for (int64_t k = 0; k < K; ++k) mean += p[k] * u[k];
+  for (int64_t k = 0; k < K; ++k) out[k] = mass * p[k] * (u[k] - static_cast<T>(mean));
+}
+
+Tensor softmax_product(const Tensor& p, const Tensor& mass, const Tensor& u) {
+  const bool fits = p.dim() == 3 && mass.dim() == 2 && u.dim() == 4 && mass.size(0) == p.size(0) &&
+                    mass.size(1) == p.size(1) && u.size(1) == p.size(0) && u.size(2) == p.size(1) &&
+                    u.size(3) == p.size(2) && mass.scalar_type() == p.scalar_type() &&
+                    u.scalar_type() == p.scalar_type();
+  CURVATURE_CHECK(fits, "softmax_product: p [N, D, K], mass [N, D] and u [V, N, D, K] of one dtype are needed.");
+  const int64_t V = u.size(0), N = p.size(0), D = p.size(1), K = p.size(2);
+  Tensor out = new_result("softmax_product", p, {V, N, D, K});
+  const Tensor x = torch::stable::contiguous(u), q = torch::stable::contiguous(p);
+  dispatch_floating(p.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      const T *given = static_cast<const T*>(x.data_ptr()), *of = static_cast<const T*>(q.data_ptr());
+      const T* weight = static_cast<const T*>(mass.data_ptr());
+      T* to = static_cast<T*>(out.data_ptr());
+      parallel_over(V * N * D, K, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t row = r % (N * D);
+          product_of_row<T>(of + row * K, given + r * K, weight[row / D * mass.stride(0) + row % D * mass.stride(1)], K,
+                            to + r * K);
+        }
+      });
+    } else {
+      CURVATURE_CHECK(false, "softmax_product: float32 or float64 is needed.");
+    }
+  });
+  return out;
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
   m.def("softmax_targets(Tensor u, Tensor y, int ignored) -> (Tensor, Tensor, Tensor)");
   m.def("softmax_columns(Tensor p, Tensor mass, int low, int high) -> Tensor");
+  m.def("softmax_product(Tensor p, Tensor mass, Tensor u) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
   m.impl("softmax_targets", TORCH_BOX(&softmax_targets));
   m.impl("softmax_columns", TORCH_BOX(&softmax_columns));
+  m.impl("softmax_product", TORCH_BOX(&softmax_product));
 }
 }  // namespace torch_curvature::cpu

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_curvature import losses
-from torch_curvature.losses import small_batches
+from torch_curvature.losses import small_batches, softmax
 from torch_curvature.losses.softmax import _columns
 
 DTYPES = [torch.float32, torch.float64]
@@ -68,6 +68,19 @@ def test_targets(dtype: torch.dtype) -> None:
         assert small_batches.softmax_targets(logits, y, -100).nan is wrong
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(dtype: torch.dtype) -> None:
+    for V, N, D, K in ((1, 40, 1, 10), (3, 5, 4, 7), (2, 3, 1, 1)):
+        p, u = _probabilities(N, D, K).to(dtype), torch.randn(V, N, K, D, dtype=dtype, device="cpu").mT
+        mass = torch.randn(D, N, dtype=dtype, device="cpu").T
+        found = small_batches.softmax_product(p, mass, u)
+        assert found is not None
+        hessian = mass[..., None, None] * (torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))
+        expected = (hessian.double() @ u.double().unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found.double(), expected, atol=10 * SLACK[dtype], rtol=0)
+    assert small_batches.softmax_product(p, mass, u.half()) is None
+
+
 def test_one_pass_and_operators_bind_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """All quantities of a loss bound with and without the helpers."""
     for shape in ((5, 4), (3, 4, 6), (2, 4, 2, 3)):
@@ -76,8 +89,12 @@ def test_one_pass_and_operators_bind_alike(monkeypatch: pytest.MonkeyPatch) -> N
         for ignored in (-100, 1):
             loss = losses.interpret(torch.nn.CrossEntropyLoss(ignore_index=ignored))
             results = []
+            monkeypatch.undo()
             for few in (small_batches.FEW, -1):
                 monkeypatch.setattr(small_batches, "FEW", few)
+                if few < 0:
+                    monkeypatch.setattr(softmax, "softmax_product", lambda *a: None)
+                    monkeypatch.setattr(softmax, "softmax_columns", lambda *a: None)
                 bound = loss.bind(u, y)
                 s = torch.cat([s for s, _ in bound.columns()])
                 product = bound.hessian_product(torch.ones(1, *shape, dtype=u.dtype, device="cpu"))

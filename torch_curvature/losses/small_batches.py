@@ -16,6 +16,7 @@ from ..ops.routing import Route, route
 
 _targets = torch.ops.torch_curvature.softmax_targets.default._op
 _columns = torch.ops.torch_curvature.softmax_columns.default._op
+_product = torch.ops.torch_curvature.softmax_product.default._op
 
 # Logits beyond which vector code and threads of torch's softmax are worth more than its calls.
 FEW = 1 << 15
@@ -61,3 +62,8 @@ def softmax_columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor | No
     """Columns low to high of the square root of `|mass| (diag p - p p^T)`, of `p [s, N, K]` and `mass [s, N]`:
     `[s, high - low, N, K]`; None where operators of torch must do it."""
     return _columns(p, mass, low, high) if _applies(p) and _applies(mass) else None
+
+
+def softmax_product(p: Tensor, mass: Tensor, u: Tensor) -> Tensor | None:
+    """`mass (diag p - p p^T) u` of `p [N, D, K]`, `mass [N, D]` and `u [V, N, D, K]`; None as above."""
+    return _product(p, mass, u) if _applies(p) and _applies(mass) and _applies(u) and u.dtype == p.dtype else None

@@ -27,7 +27,7 @@ from torch import Tensor
 from .interface import BoundLoss, Columns, check_products, working_dtype
 from .layout import Layout
 from .slots import Slots
-from .small_batches import softmax_columns
+from .small_batches import softmax_columns, softmax_product
 
 
 class SoftmaxLoss(BoundLoss):
@@ -83,8 +83,11 @@ class SoftmaxLoss(BoundLoss):
 
     def hessian_product(self, u: Tensor) -> Tensor:
         x = self.layout.read(check_products(self, u))
-        mean = (self._p * x).sum(-1, keepdim=True)
-        return self.layout.write((x - mean).mul_(self._p).mul_(self._mass.unsqueeze(-1)))
+        product = softmax_product(self._p, self._mass, x)
+        if product is None:
+            mean = (self._p * x).sum(-1, keepdim=True)
+            product = (x - mean).mul_(self._p).mul_(self._mass.unsqueeze(-1))
+        return self.layout.write(product)
 
     def _require_distribution(self) -> None:
         if self._signed:
