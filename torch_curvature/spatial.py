@@ -25,8 +25,8 @@ def output_shape(node: Any) -> torch.Size:
 
 
 def prefers_channels_last(x: Tensor) -> bool:
-    """Images [*, C, H, W] in a precision and on a device for which this was measured."""
-    return x.dim() >= 4 and x.device.type == "cpu" and x.dtype == torch.float32
+    """Images [*, C, H, W] in a precision and on a device in which torch is faster with them."""
+    return x.dim() >= 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -93,41 +93,23 @@ def _convolution_input(node: Any, like: Tensor) -> Tensor:
     return kept_channels_last(node, "_saved_input")
 
 
-def _transpose(node: Any, G: Tensor, shape: Sequence[int]) -> Tensor:
-    """The transposed map: of a convolution a transposed convolution of the same weight, and the other way round."""
-    kernel = node._saved_weight.shape[2:]
-    padding, stride, dilation = (
-        tuple(x) * (len(kernel) if len(x) == 1 else 1)  # one number for all axes
-        for x in (node._saved_padding, node._saved_stride, node._saved_dilation)
-    )
-    missing = [0] * len(kernel)
-    if not node._saved_transposed:
-        for axis in range(len(kernel)):
-            reached = (G.shape[2 + axis] - 1) * stride[axis] - 2 * padding[axis]
-            reached += dilation[axis] * (kernel[axis] - 1) + 1
-            missing[axis] = shape[2 + axis] - reached
-    transposed = not node._saved_transposed
-    found: Tensor = aten.convolution(
-        G, _weight(node, G), None, stride, padding, dilation, transposed, missing, node._saved_groups
-    )
-    return found
-
-
-def _weight_gradient(node: Any, G: Tensor) -> Tensor:
-    _, found, _ = aten.convolution_backward(
-        G, _convolution_input(node, G), _weight(node, G), None, node._saved_stride, node._saved_padding,
-        node._saved_dilation, node._saved_transposed, node._saved_output_padding, node._saved_groups,
-        [False, True, False],
+def _gradients(node: Any, G: Tensor, input: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = aten.convolution_backward(
+        G, input, _weight(node, G), None, node._saved_stride, node._saved_padding, node._saved_dilation,
+        node._saved_transposed, node._saved_output_padding, node._saved_groups, wanted,
     )  # fmt: skip
     return found
 
 
 def convolution_back(node: Any, G: Tensor, input: int) -> Tensor | None:
     if input == 0:
-        shape = output_shape(node.next_functions[0][0])
-        return _parted(_transpose(node, _joined(G), shape), G)
+        before = _unfilled(G, output_shape(node.next_functions[0][0]))
+        found = _gradients(node, _joined(G), before, [True, False, False])[0]
+        return None if found is None else _parted(found, G)
     if input == 1:
-        return torch.stack([_weight_gradient(node, _joined(column)) for column in G.split(1)])
+        wanted = [False, True, False]
+        each = (_gradients(node, x, _convolution_input(node, x), wanted)[1] for x in map(_joined, G.split(1)))
+        return torch.stack([found for found in each if found is not None])
     return G.flatten(3).sum((1, 3))
 
 

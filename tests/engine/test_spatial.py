@@ -77,7 +77,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 # Where a node is not known: left to autograd.
 ELSEWHERE = {
-    *("circular", "reflect", "transposed, output padding beyond the stride"),
+    *("circular", "reflect"),
     ("adaptive average to one", torch.channels_last),
 }
 
