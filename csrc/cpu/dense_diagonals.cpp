@@ -34,11 +34,23 @@ CURVATURE_CLONES void sums_of_squares(const Squares<T>& l, const T* g, const Sig
     T sum[kRows] = {};
     for (int64_t v = 0; v < V; ++v) {
       const T* x = g + v * l.gv + n * l.gn;
+      if (count == kRows && l.go == 1 && !sign.data) {
+        for (int64_t k = 0; k < kRows; ++k) sum[k] += x[k] * x[k];
+        continue;
+      }
       const T w = sign(v, n);
       for (int64_t k = 0; k < count; ++k) sum[k] += w * x[k * l.go] * x[k * l.go];
     }
     for (int64_t k = 0; k < kRows; ++k) h[n * kRows + k] = sum[k];
   }
+}
+
+template <class T>
+CURVATURE_CLONES void sum_rows(const T* h, int64_t N, double* total) {
+  double sum[kRows] = {};
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < kRows; ++k) sum[k] += h[n * kRows + k];
+  std::copy_n(sum, kRows, total);
 }
 
 template <class T>
@@ -54,11 +66,9 @@ void band(const Squares<T>& l, const T* squares, int64_t o, const Sign<T>& sign,
         std::copy_n(tile + r * W, panel_width<T>(l.I, q), l.weight + (o + r) * l.I + q * W);
     }
   if (!(l.wanted & kOfBias)) return;
-  for (int64_t r = 0; r < rows; ++r) {
-    double total = 0;
-    for (int64_t n = 0; n < N; ++n) total += h[n * kRows + r];
-    l.bias[o + r] = static_cast<T>(total);
-  }
+  double total[kRows] = {};
+  sum_rows<T>(h, N, total);
+  for (int64_t r = 0; r < rows; ++r) l.bias[o + r] = static_cast<T>(total[r]);
 }
 
 template <class T>
