@@ -78,13 +78,28 @@ def count(p: Problem, quantity: str) -> tuple[float, float]:
     return flops, float(element * (total if size is None else size))
 
 
-def count_hessian(p: Problem) -> tuple[float, float]:
-    """The dense Hessian of a multilayer perceptron: one second-order pass (two forward passes' worth of tangents and
-    backward passes each) for every layer output, the products of packed pairs of a layer with itself, and one product
-    of unpacked pairs for two layers, which holds both terms."""
+def _pushed(p: Problem, pairs: bool) -> float:
+    """Second derivatives by the layers' outputs, of a multilayer perceptron: one pass forwards and one back, and those
+    by each layer's output pulled back to the output before it, twice (the second product is symmetric, and counts
+    half). ``pairs``: pulled back to all earlier outputs, and with them the derivatives of the layers' inputs; the first
+    factor of these is a diagonal."""
     found = list(layers(p))
-    forward = sum(2.0 * N * S * O * I for N, S, O, I, _ in found)
-    flops = sum(O for _, _, O, _, _ in found) * 2 * forward
+    flops = passes(p, 1)
+    later, inputs = 0.0, 0.0  # columns that are pulled back: by later layers' outputs, and of their inputs
+    for n, _, O, I, first in reversed(found):
+        if not first:
+            flops += 2.0 * n * O * I * (O + I / 2)
+            if pairs:
+                flops += 2.0 * n * O * I * (later + max(0.0, inputs - O)) + n * O * I * (inputs > 0)
+        later, inputs = later + O, inputs + I
+    return flops
+
+
+def count_hessian(p: Problem) -> tuple[float, float]:
+    """The dense Hessian of a multilayer perceptron: the second derivatives by the layers' outputs, the products of
+    packed pairs of a layer with itself, and one product of unpacked pairs for two layers, which holds both terms."""
+    found = list(layers(p))
+    flops = _pushed(p, True)
     for i, (n, _, O, I, _) in enumerate(found):
         flops += 2.0 * n * _pairs(O) * _pairs(I)
         for _, _, O2, I2, _ in found[i + 1 :]:
@@ -95,7 +110,5 @@ def count_hessian(p: Problem) -> tuple[float, float]:
 def count_hessian_blocks(p: Problem) -> tuple[float, float]:
     """Only the blocks of the layers: no products of pairs of different layers."""
     found = list(layers(p))
-    forward = sum(2.0 * N * S * O * I for N, S, O, I, _ in found)
-    flops = sum(O for _, _, O, _, _ in found) * 2 * forward
-    flops += sum(2.0 * n * _pairs(O) * _pairs(I) for n, _, O, I, _ in found)
+    flops = _pushed(p, False) + sum(2.0 * n * _pairs(O) * _pairs(I) for n, _, O, I, _ in found)
     return flops, float(sum((O * I) ** 2 for _, _, O, I, _ in found) * p.x.element_size())
