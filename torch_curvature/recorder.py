@@ -106,6 +106,7 @@ class Recorder(TorchFunctionMode):
         touched = self._touched(args, kwargs)
         output = self._detached(func, args, kwargs, touched) if touched and self.detach else func(*args, **kwargs)
         if touched:
+            output = _no_view(func, output)
             self._record_call(func, args, kwargs, output, touched)
         if self._shared and func in SUMS:
             self._broadcast(args, output)
@@ -258,6 +259,17 @@ class Recorder(TorchFunctionMode):
 
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         return handles
+
+
+def _no_view(func: Any, output: Any) -> Any:
+    """A dense layer's output over several positions as a tensor of its own.
+
+    Torch makes it a view of a product that nobody else holds.  An activation in place would rewrite the history of that
+    product, and the edge of the view would no longer lie between the layer and the outputs.
+    """
+    if func is not nn.functional.linear or not isinstance(output, Tensor) or not output._is_view():
+        return output
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def _repeated(activation: Callable[[], Tensor], copies: int) -> Tensor:

@@ -31,6 +31,15 @@ def _() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2), nn.Flatten(), nn.Linear(6, 3))
 
 
+@case("sequence of dense layers changed in place", features(3, 4))
+def _() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.one(x), inplace=True)
+        return m.three(m.two(x).mul_(2).add_(x[..., :2]).flatten(1))
+
+    return Function(run, one=nn.Linear(4, 5), two=nn.Linear(5, 2), three=nn.Linear(6, 3))
+
+
 @case("bilinear", lambda N: (torch.randn(N, 3), torch.randn(N, 2)))
 def _() -> nn.Module:
     return Function(
