@@ -206,7 +206,7 @@ class Matrix(abc.ABC):
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """[P, ...] -> {name: [*shape, ...]}."""
         pieces = vector.split([p.numel() for p in self.parameters.values()])
-        return {n: v.reshape(*p.shape, *vector.shape[1:]) for (n, p), v in zip(self.parameters.items(), pieces)}
+        return {n: v.reshape((*p.shape, *vector.shape[1:])) for (n, p), v in zip(self.parameters.items(), pieces)}
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
