@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "spatial": {"ops"},
     "nodes": {"spatial"},
     "chains": {"nodes", "ops"},
-    "chain_products": {"chains", "nodes"},
+    "chain_products": {"chains", "nodes", "ops"},
     "joining": set(),
     "norms": {"factors", "ops"},
     "diagonals": {"norms", "factors"},

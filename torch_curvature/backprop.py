@@ -24,7 +24,7 @@ from .nodes import pull_back
 from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
 from .recorder import RecordedUse
-from .trust import check_same_pass, is_separate, pairs_of_biases, same_derivatives, verify
+from .trust import check_same_pass, is_separate, pairs_of_biases, proven, verify
 from .unfolding import unfolding_of
 
 # Unfolded inputs that are kept between chunks of columns.
@@ -201,7 +201,7 @@ class Backpropagation:
             return [None if d is None else d.unsqueeze(0) for d in backward(columns[0], False)]
         found = self._batched(backward, columns)
         if known is not None:
-            self.plan.by_nodes = same_derivatives(known, found)
+            self.plan.by_nodes = proven(known, found)
         return found
 
     def roots(self, columns: Tensor) -> Sequence[Tensor | None] | None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .chains import MOST_WEIGHTS, applies
+from .chains import MOST_WEIGHTS
 from .nodes import IN_PLACE, LEAF
+from .ops.routing import takes_helpers
 
 _ahead = torch.ops.torch_curvature.dense_chain_ahead.default._op
 _back = torch.ops.torch_curvature.dense_chain_back.default._op
@@ -127,7 +128,7 @@ def _dense_step(node: Any, name: str, wanted: set[int]) -> tuple[Step, Any] | No
 
 def product_chain(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> ProductChain | None:
     """The chain that ``outputs [N, K]`` are at the end of; None where they are not, or it is done better otherwise."""
-    if outputs.dim() != 2 or outputs.output_nr != 0 or not applies(outputs.detach()):
+    if outputs.dim() != 2 or outputs.output_nr != 0 or not takes_helpers(outputs.detach()):
         return None
     wanted = {id(p) for p in parameters.values()}
     steps: list[Step] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .nodes import IN_PLACE, LEAF
-from .ops.routing import Route, route
+from .ops.routing import takes_helpers
 
 _dense_chain = torch.ops.torch_curvature.dense_chain.default._op
 _DENSE, _SLOPE, _POSITIVE, _KEEP = range(4)
@@ -92,16 +92,6 @@ def chain_between(outputs: Tensor, edges: Sequence[GradientEdge]) -> Chain | Non
     return None
 
 
-def applies(x: Tensor) -> bool:
-    """Whether the helpers can be called with such tensors here."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and route(x) is Route.KERNEL
-    )
-
-
 def pull_back(
     outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor, roots: bool = False
 ) -> list[Tensor] | None:
@@ -115,7 +105,7 @@ def pull_back(
     """
     try:
         with torch.no_grad():
-            if not applies(columns):
+            if not takes_helpers(columns):
                 return None
             chain = chain_between(outputs, edges)
             if chain is None:

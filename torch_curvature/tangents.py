@@ -20,14 +20,15 @@ from .chain_products import product_chain
 from .ops.routing import without_autocast
 from .plan import working_dtype
 from .recorder import Recorder
-from .trust import same_derivatives
+from .trust import proven
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 # Models in whose graph a node was found that is not known: their tangents are carried along with the forward pass.
 FORWARD_MODE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Whether the graph's nodes gave what autograd gives for ``J^T u``, by what the model was called with.
-BY_NODES: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+# Whether the graph's nodes gave what autograd gives for ``J^T u``, by what the model was called with; None
+# where both vanished, which shows nothing.
+BY_NODES: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool | None]] = weakref.WeakKeyDictionary()
 
 
 class TangentRecorder(Recorder):
@@ -152,7 +153,7 @@ def pull_back(
             ours = pulled
             pulled = torch.autograd.grad(outputs, list(parameters.values()), u, retain_graph=True, allow_unused=True)
             if ours is not None:
-                known[key] = same_derivatives(ours, pulled)
+                known[key] = proven(ours, pulled)
     pieces = []
     for p, g in zip(parameters.values(), pulled):
         if g is None:

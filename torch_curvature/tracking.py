@@ -241,7 +241,8 @@ class Track:
         for batch in self._done():
             total = total_squared_norms(factor for _, factor in self._each(batch, True))
             if total is None:
-                total = torch.zeros(1, batch.samples, device=next(iter(self._parameters.values())).device)
+                p = next(iter(self._parameters.values()))
+                total = torch.zeros(1, batch.samples, dtype=working_dtype(p.dtype), device=p.device)
             parts.append(total[0])
         norms = parts[0] if len(parts) == 1 else torch.cat(parts)
         return norms if squared else norms.sqrt()

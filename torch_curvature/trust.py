@@ -115,6 +115,13 @@ def same_derivatives(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | No
     return True
 
 
+def proven(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool | None:
+    """:func:`same_derivatives`, where that shows something; None where all of them vanish."""
+    if not same_derivatives(ours, theirs):
+        return False
+    return True if any(bool(b.any()) for b in theirs if b is not None) else None
+
+
 def check_same_pass(detached: Capture, attached: Capture) -> None:
     """A pass made without the parameters in its graph must be the one with them, forwards and backwards.
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 import torch_curvature as tc
 from torch_curvature import nodes, reference
+from torch_curvature.trust import proven
 
 from .models import Function
 from .test_matrices import close
@@ -209,3 +210,12 @@ def test_hooks_that_change_gradients(how: str) -> None:
     if handle is not None:
         handle.remove()
         changed.remove()
+
+
+def test_what_vanishes_proves_nothing() -> None:
+    """Products with zero agree whatever is wrong: what they agree on must be compared again."""
+    zero, one = torch.zeros(3), torch.ones(3)
+    assert proven([zero, None], [zero, None]) is None
+    assert proven([zero, one], [zero, one]) is True
+    assert proven([zero, one], [zero, 2 * one]) is False
+    assert proven([zero], [None]) is False

@@ -103,8 +103,13 @@ def convolution(
         return torch.matmul(g, a.transpose(2, 3)).reshape(V, R, 1, -1)
 
     if groups == 1:
-        part = lambda rows: unfolded(rows).transpose(1, 2)  # noqa: E731
-        yield Use(weight, 1, channels_last, lambda: unfolded().transpose(1, 2), part=part)
+        yield Use(
+            weight,
+            1,
+            channels_last,
+            lambda: unfolded().transpose(1, 2),
+            part=lambda rows: unfolded(rows).transpose(1, 2),
+        )
     else:
         yield Use(weight, 1, grouped)
     if bias is not None:

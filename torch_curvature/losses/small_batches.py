@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.routing import Route, route
+from ..ops.routing import takes_helpers
 
 _targets = torch.ops.torch_curvature.softmax_targets.default._op
 _columns = torch.ops.torch_curvature.softmax_columns.default._op
@@ -40,18 +40,9 @@ class Targets(NamedTuple):
     every: bool
 
 
-def _applies(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and route(x) is Route.KERNEL
-    )
-
-
 def softmax_targets(logits: Tensor, y: Tensor, ignored: int) -> Targets | None:
     """Of logits `[N, D, K]` and classes `y [N, D]` of int64; None where operators of torch must do it."""
-    if not 0 < logits.numel() <= FEW or type(y) is not Tensor or not _applies(logits):
+    if not 0 < logits.numel() <= FEW or type(y) is not Tensor or not takes_helpers(logits):
         return None
     p, valid, found = _targets(logits, y, ignored)
     total, outside, nan = found.tolist()
@@ -61,9 +52,13 @@ def softmax_targets(logits: Tensor, y: Tensor, ignored: int) -> Targets | None:
 def softmax_columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor | None:
     """Columns low to high of the square root of `|mass| (diag p - p p^T)`, of `p [s, N, K]` and `mass [s, N]`:
     `[s, high - low, N, K]`; None where operators of torch must do it."""
-    return _columns(p, mass, low, high) if _applies(p) and _applies(mass) else None
+    return _columns(p, mass, low, high) if takes_helpers(p) and takes_helpers(mass) else None
 
 
 def softmax_product(p: Tensor, mass: Tensor, u: Tensor) -> Tensor | None:
     """`mass (diag p - p p^T) u` of `p [N, D, K]`, `mass [N, D]` and `u [V, N, D, K]`; None as above."""
-    return _product(p, mass, u) if _applies(p) and _applies(mass) and _applies(u) and u.dtype == p.dtype else None
+    return (
+        _product(p, mass, u)
+        if takes_helpers(p) and takes_helpers(mass) and takes_helpers(u) and u.dtype == p.dtype
+        else None
+    )

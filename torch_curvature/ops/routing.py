@@ -161,6 +161,16 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...] | None:
     return tuple(t.to(dtype) for t in tensors)
 
 
+def takes_helpers(x: Tensor) -> bool:
+    """Whether the CPU's helpers, which have no derivatives, take such a tensor here; elsewhere the general way goes."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and route(x) is Route.KERNEL
+    )
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Operators compute in the precision of their inputs: inside, autocast does not lower a matrix product's."""
     kind = tensor.device.type
