@@ -15,9 +15,10 @@ PACKAGE = ROOT / "torch_curvature"
 # Each part of the package may import the parts to its right, and itself; nothing else of the package.
 MAY_IMPORT = {
     "ops": {"_C"},
-    "unfolding": set(),
+    "patches": {"ops"},
+    "unfolding": {"patches"},
     "factors": {"unfolding", "ops"},
-    "layers": {"factors", "ops"},
+    "layers": {"patches", "factors", "ops"},
     "losses": {"factors", "ops"},
     "detaching": set(),
     "recorder": {"layers", "detaching"},

@@ -24,10 +24,8 @@ from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_gram, jacob
 from .ops.routing import without_autocast
 from .unfolding import Unfolding, in_parts, smaller_formed
 
-# Elements of a temporary that stays in the second-level cache of one core (float32: 1 MiB).
-CACHE_ELEMENTS = 1 << 18
-# Entries of an input that is copied to give it a last one sooner than a second operator is called for that one.
-FEW = 1 << 16
+CACHE_ELEMENTS = 1 << 18  # of a temporary that stays in the second-level cache of one core (float32: 1 MiB)
+FEW = 1 << 16  # entries of an input that is copied to give it a last one, before a second operator is called for that
 
 
 @dataclass(slots=True)
@@ -119,6 +117,8 @@ class Factor:
         """[V, N, size], flattened as the parameter is, restricted to the reachable entries."""
         V, N, S, O = self.g.shape
         if isinstance(self.input, Unfolding):
+            if self.input.patches is not None:
+                return self.input.patches.jacobian(self.g)
             return torch.cat([part.jacobian() for _, part in in_parts(self)], 1)
         if self.a is None:
             return self.g.sum(2) if S > 1 else self.g.reshape(V, N, O)
@@ -220,6 +220,8 @@ def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
     if isinstance(factor.input, Unfolding):
+        if factor.input.patches is not None:
+            return factor.input.patches.norms(factor.g)
         return torch.cat([squared_norms(part) for _, part in in_parts(factor)], 1)
     if factor.a is None:
         return jacobian_norms(*_bare(factor))

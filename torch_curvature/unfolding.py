@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .patches import Patches
+
 # Bytes of the patches of a few samples: less than what is asked for in large pages.
 PART_BYTES = (1 << 22) - 1
 # Bytes of blocks that go back to the system when they are freed, so that every one of them is fresh.
@@ -28,12 +30,14 @@ class Unfolding:
         part: gives a of samples start..stop-1.
         whole: gives all of it.
         itemsize: bytes of an entry.
+        patches: the images of which it is the patches, where it need not be unfolded to be met with derivatives.
     """
 
     shape: torch.Size
     part: Callable[[int, int], Tensor]
     whole: Callable[[], Tensor]
     itemsize: int
+    patches: Patches | None = None
 
     @property
     def size(self) -> int:
@@ -58,8 +62,11 @@ def in_parts(factor: Any) -> Iterator[tuple[slice, Any]]:
 
 
 def smaller_formed(factor: Any) -> bool:
-    """Whether a factor's Jacobian takes less memory than its input, which is not unfolded yet and takes a lot."""
+    """Whether a factor's Jacobian takes less memory than its input, which is not unfolded yet and takes a lot, or need
+    not be unfolded for it."""
     V, _, S, O = factor.g.shape
+    if isinstance(factor.input, Unfolding) and factor.input.patches is not None:
+        return V * O <= 2 * S
     return isinstance(factor.input, Unfolding) and V * O < S and factor.input.size >= LARGE_BYTES
 
 
@@ -77,4 +84,8 @@ def unfolding_of(recorded: Any, layout: Any, g: Tensor, whole: Callable[[], Tens
         return found.detach().to(g.dtype).reshape(stop - start, S, inputs)
 
     found = Unfolding(torch.Size((N, S, inputs)), part, whole, g.element_size())
+    if use.patches is not None and each == 1:
+        patches = use.patches()
+        patches.images = patches.images.detach()
+        found.patches = patches if patches.suit(g) else None
     return found if found.size > PART_BYTES else None

@@ -1,4 +1,4 @@
-"""Convolutions in a tracked step: their inputs are unfolded a few samples at a time."""
+"""Convolutions in a tracked step: their inputs are unfolded a few samples at a time, or met without being unfolded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torch_curvature as tc
 from torch_curvature import unfolding
 from torch_curvature.layers import convolution
+from torch_curvature.patches import Patches
 
 from .models import Function
 from .test_matrices import close
@@ -80,9 +81,16 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return asked
 
 
+@pytest.fixture
+def unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No helper takes images as they are."""
+    monkeypatch.setattr(Patches, "suit", lambda self, g: False)
+
+
 @pytest.mark.parametrize("parameter_gradients", [True, False])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.usefixtures("unfolded")
 def test_tracked_step(
     name: str, form: torch.memory_format, parameter_gradients: bool, small_parts: list[tuple[int, int]]
 ) -> None:
@@ -100,6 +108,37 @@ def test_tracked_step(
         close(torch.cat([g.flatten(1) for g in t.gradients().values()], 1), truth)
         variance = torch.cat([g.flatten() for g in t.gradient_variance().values()])
         close(variance, truth.var(0, correction=0))
+
+
+# Layers of which every sample meets one image, with all of the weight.
+FROM_IMAGES = ("plain", "no bias", "padding, stride", "dilation", "same padding", "circular", "one dimension")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_tracked_step_from_images(
+    name: str, form: torch.memory_format, dtype: torch.dtype, small_parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = build(name)
+    truth = expected(model, x, y)
+    model, x = model.to(dtype), x.to(dtype).contiguous(memory_format=form)
+    met: list[Tensor] = []
+    norms, jacobian = Patches.norms, Patches.jacobian
+    monkeypatch.setattr(Patches, "norms", lambda self, g: met.append(g) or norms(self, g))
+    monkeypatch.setattr(Patches, "jacobian", lambda self, g: met.append(g) or jacobian(self, g))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    with tc.track(model) as t:
+        LOSS(model(x), y).backward()
+    for found, value in (
+        (t.gradient_norms(), truth.norm(dim=1)),
+        (torch.cat([g.flatten(1) for g in t.gradients().values()], 1), truth),
+        (t.gradient_gram(), truth @ truth.T),
+    ):
+        torch.testing.assert_close(found.to(truth.dtype), value, **tolerance)
+    layers = 1 + (name in (*FROM_IMAGES, "more outputs than positions"))
+    assert len(met) >= 2 * layers  # norms and gradients of the first convolution and, if it can be, of this one
+    assert all(g.dtype == dtype for g in met)
 
 
 def test_two_steps(small_parts: list[tuple[int, int]]) -> None:

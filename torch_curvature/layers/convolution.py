@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.pages import in_large_pages
+from ..patches import Patches
 from .rules import Use, register_rule
 
 
@@ -96,6 +97,12 @@ def convolution(
             whole[start : start + several].copy_(seen(x[start : start + several]))
         return whole.view(shape)
 
+    def seen_images() -> Patches:
+        images = input if axes == 2 else input.unsqueeze(2)
+        before = flat[-2::-2]  # of each axis, first axis first
+        numbers = (kernel, 1), (step, 1), (before, 0), (spread, 1), (output.shape[2:], 1)
+        return Patches(images, [n for each, missing in numbers for n in (*[missing] * (2 - axes), *each)])
+
     def grouped(dz: Tensor) -> Tensor:
         V, R = dz.shape[:2]
         a = unfolded().to(dz.dtype).view(R, groups, -1, output.shape[2:].numel())
@@ -109,6 +116,7 @@ def convolution(
             channels_last,
             lambda: unfolded().transpose(1, 2),
             part=lambda rows: unfolded(rows).transpose(1, 2),
+            patches=seen_images if axes < 3 else None,
         )
     else:
         yield Use(weight, 1, grouped)

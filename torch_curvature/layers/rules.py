@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..patches import Patches
+
 Rule = Callable[..., Iterable["Use"]]
 
 
@@ -36,6 +38,7 @@ class Use:
         activation: gives a [R, s, I], or integers [R, s] where a is one-hot (negative: no row at all); None for
             a = 1 with I = 1: then g is the Jacobian, O counts the entries of the parameter.
         part: gives a of some rows only, where it is much larger than what it is made from.
+        patches: says what a consists of where it is the patches of images.
         transposed: the parameter is stored as [I, O] instead of [O, I].
         is_lookup: rows of a table that may have been looked up once for all samples.
     """
@@ -47,6 +50,7 @@ class Use:
     transposed: bool = False
     is_lookup: bool = False
     part: Callable[[slice], Tensor] | None = None
+    patches: Callable[[], Patches] | None = None
 
 
 FUNCTION_RULES: dict[Callable[..., Any], Rule] = {}
