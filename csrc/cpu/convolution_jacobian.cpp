@@ -8,10 +8,11 @@
 // positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K], convolution_norms their
 // squared norms [V, N].
 //
-// A sample's input is padded once, and parted by the residues of its rows and columns modulo the stride: for every place
-// of the kernel, consecutive positions then see consecutive numbers, and a run over all positions in rows of the padded
-// width meets g with zeros in the gaps. So the numbers are read where they lie, a few channels at a time, and multiply
-// panels of g in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result once.
+// A sample's input is padded once, and parted by the residues of its rows and columns modulo the stride: for every
+// place of the kernel, consecutive positions then see consecutive numbers, and a run over all positions in rows of the
+// padded width meets g with zeros in the gaps. So the numbers are read where they lie, a few channels at a time, and
+// multiply panels of g in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result
+// once.
 #include "jacobian.h"
 
 namespace torch_curvature::cpu {
@@ -75,8 +76,7 @@ CURVATURE_CLONES void pack_positions(const T* g, int64_t position, int64_t outpu
   if (position != 1 || !std::is_same_v<T, float>) {
     for (int64_t y = 0; y < rows; ++y)
       for (int64_t x = 0; x < columns; ++x)
-        for (int64_t o = 0; o < count; ++o)
-          out[(y * width + x) * W + o] = g[(y * columns + x) * position + o * output];
+        for (int64_t o = 0; o < count; ++o) out[(y * width + x) * W + o] = g[(y * columns + x) * position + o * output];
     return;
   }
   const int64_t several = std::max<int64_t>(1, kRun / columns);
@@ -146,8 +146,7 @@ struct Problem {
             continue;
           }
           for (int64_t o = 0; o < cols; ++o)
-            for (int64_t r = 0; r < rows; ++r)
-              result[((q * W + o) * z.C + c + r) * places + place] = tile[r * W + o];
+            for (int64_t r = 0; r < rows; ++r) result[((q * W + o) * z.C + c + r) * places + place] = tile[r * W + o];
         }
     }
     if (!norms) return;

@@ -89,8 +89,22 @@ void add_by_sample(const A* overlap, const A* inner, int64_t row, int64_t rows, 
 }
 
 template <class A>
-CURVATURE_CLONES void multiply(const A* __restrict__ x, const A* __restrict__ y, A* __restrict__ z) {
-  for (int64_t k = 0; k < kRows * kCols<A>; ++k) z[k] = x[k] * y[k];
+CURVATURE_CLONES void multiply(const A* __restrict__ x, A* __restrict__ y) {
+  for (int64_t k = 0; k < kRows * kCols<A>; ++k) y[k] *= x[k];
+}
+
+// Tiles [panels of Q][bands of P] of the products of panels of depth K, in steps that stay in cache.
+template <class A, class Left, class Right>
+void tiles_of_groups(TileProduct<A> product, const Group& P, const Left& left, const Group& Q, const Right& right,
+                     int64_t K, A* tiles) {
+  constexpr int64_t W = kCols<A>, kBands = W / kRows, kTile = kRows * W, kStep = 4096 / sizeof(A);
+  const int64_t bands = divide_up(P.rows, kRows);
+  for (int64_t k = 0; k < K; k += kStep)
+    for (int64_t q = 0; q < Q.panels; ++q)
+      for (int64_t r = 0; r < bands; ++r)
+        product(left(P.panel + r / kBands) + k * W + r % kBands * kRows, W, right(Q.panel + q) + k * W, W,
+                {std::min(kStep, K - k)}, tiles + (q * bands + r) * kTile, std::min(kRows, P.rows - r * kRows),
+                panel_width<A>(Q.rows, q), k > 0);
 }
 
 // All columns (v, w) of the samples of group P by those of group Q; of a group with itself each pair (v, w) once.
@@ -101,32 +115,31 @@ void pair_of_groups(const Positions<T>& left, const Group& P, const Positions<T>
   constexpr int64_t W = kCols<A>, kTile = kRows * W;
   const JacobianSizes &s = left.J.size, &z = right.J.size;
   const auto product = tile_product<A>();
-  const int64_t bands = divide_up(P.rows, kRows), kBands = W / kRows;
-  const bool one = same && P.first == Q.first;
-  Buffer<A> overlaps(bands * Q.panels * kTile), inner(kTile), sums(P.samples * Q.samples);
-  for (int64_t q = 0; q < Q.panels; ++q)
-    for (int64_t r = 0; r < bands; ++r)
-      product(left.a_panel(P.panel + r / kBands) + r % kBands * kRows, W, right.a_panel(Q.panel + q), W, {s.I},
-              overlaps + (q * bands + r) * kTile, std::min(kRows, P.rows - r * kRows), panel_width<A>(Q.rows, q),
-              false);
+  const int64_t bands = divide_up(P.rows, kRows);
+  const bool one = same && P.first == Q.first, single = s.S == 1 && z.S == 1;
+  Buffer<A> overlaps(bands * Q.panels * kTile), inners(bands * Q.panels * kTile), sums(P.samples * Q.samples);
+  tiles_of_groups<A>(
+      product, P, [&](int64_t p) { return left.a_panel(p); }, Q, [&](int64_t q) { return right.a_panel(q); }, s.I,
+      overlaps);
   for (int64_t v = 0; v < s.V; ++v)
     for (int64_t w = one ? v : 0; w < z.V; ++w) {
-      if (s.S > 1 || z.S > 1) std::fill_n(static_cast<A*>(sums), P.samples * Q.samples, A(0));
+      tiles_of_groups<A>(
+          product, P, [&](int64_t p) { return left.g_panel(p, v); }, Q, [&](int64_t q) { return right.g_panel(q, w); },
+          s.O, inners);
+      if (!single) std::fill_n(static_cast<A*>(sums), P.samples * Q.samples, A(0));
       for (int64_t q = 0; q < Q.panels; ++q)
         for (int64_t r = 0; r < bands; ++r) {
           const A* overlap = overlaps + (q * bands + r) * kTile;
+          A* inner = inners + (q * bands + r) * kTile;
           const int64_t rows = std::min(kRows, P.rows - r * kRows), cols = panel_width<A>(Q.rows, q);
-          product(left.g_panel(P.panel + r / kBands, v) + r % kBands * kRows, W, right.g_panel(Q.panel + q, w), W,
-                  {s.O}, inner, rows, cols, false);
-          if (s.S == 1 && z.S == 1) {
-            multiply<A>(overlap, inner, inner);
+          if (single) {
+            multiply<A>(overlap, inner);
             out.write(inner, W, v, P.first + r * kRows, rows, w, Q.first + q * W, cols, same, one && v == w);
           } else {
             add_by_sample<A>(overlap, inner, r * kRows, rows, s.S, q * W, cols, z.S, Q.samples, sums);
           }
         }
-      if (s.S > 1 || z.S > 1)
-        out.write(sums, Q.samples, v, P.first, P.samples, w, Q.first, Q.samples, same, one && v == w);
+      if (!single) out.write(sums, Q.samples, v, P.first, P.samples, w, Q.first, Q.samples, same, one && v == w);
     }
 }
 
@@ -142,6 +155,18 @@ void by_overlaps(const Jacobian<T>& left, const Jacobian<T>& right, bool same, b
     if (same && p > q) return;
     pair_of_groups<T>(x, x.groups[p], y, y.groups[q], same, out);
   });
+}
+
+// One position each: a few outputs at a time, whose panels then go through the same memory.
+template <class T>
+void by_outputs(Jacobian<T> left, Jacobian<T> right, bool same, bool threads, GramOutput<T> out) {
+  const int64_t O = left.size.O, rows = left.size.V * left.size.N + right.size.V * right.size.N;
+  // Sums of half types are rounded once.
+  const int64_t step = std::is_same_v<T, accumulate_t<T>> ? std::max<int64_t>(4096, (1 << 20) / rows) : O;
+  for (int64_t o = 0; o < O; o += step, left.g += step * left.go, right.g += step * right.go) {
+    left.size.O = right.size.O = std::min(step, O - o);
+    by_overlaps<T>(left, right, same, threads, {out.data, out.N, out.V2, out.N2, out.add || o > 0});
+  }
 }
 
 template <class T>
@@ -160,7 +185,8 @@ void gram_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2
   const Jacobian<T> left(g, a, s.left), right(g2 ? *g2 : g, a2 ? *a2 : a, s.right);
   const GramOutput<T> to{static_cast<T*>(out.data_ptr()), s.left.N, s.right.V, s.right.N, add};
   const bool threads = std::min(overlaps, formed) > kWorthThreads;
-  if (overlaps <= formed || S * S2 == 1) return by_overlaps<T>(left, right, !g2, threads, to);
+  if (S * S2 == 1) return by_outputs<T>(left, right, !g2, threads, to);
+  if (overlaps <= formed) return by_overlaps<T>(left, right, !g2, threads, to);
   if (!g2 && worth_rows<accumulate_t<T>>(R, O, I)) return gram_of_rows<T>(left, threads, to);
   gram_of_formed<T>(left, right, !g2, threads, to);
 }
