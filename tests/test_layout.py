@@ -33,9 +33,10 @@ MAY_IMPORT = {
     "joining": set(),
     "norms": {"factors", "ops"},
     "diagonals": {"norms", "factors"},
+    "closed_rules": {"unfolding", "joining", "plan", "capture", "recorder", "factors"},
     "backprop": {
+        "closed_rules",
         "chains",
-        "unfolding",
         "joining",
         "nodes",
         "trust",

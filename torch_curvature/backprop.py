@@ -17,33 +17,25 @@ from torch import Tensor, nn
 
 from . import chains
 from .capture import Capture
+from .closed_rules import ClosedRules
 from .factors import Factor
 from .fallback import per_sample_jacobians
-from .joining import form, join, with_ones
+from .joining import with_ones
 from .nodes import pull_back
 from .ops.routing import without_autocast
 from .plan import Plan, working_dtype
-from .recorder import RecordedUse
 from .trust import check_same_pass, is_separate, pairs_of_biases, proven, verify
-from .unfolding import unfolding_of
-
-# Unfolded inputs that are kept between chunks of columns.
-KEEP_BYTES = 1 << 28
 
 PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-class Backpropagation:
+class Backpropagation(ClosedRules):
     """Turns columns into factors for one captured batch.
 
     Args:
         repeatable: the forward pass can be run again sample by sample.
         attached: where the pass was made without the parameters in its graph, makes it once more with them: there is
             nothing else that its factors could be compared with.
-
-    Attributes:
-        plan: how each parameter is handled.
-        once: there is one column: inputs that are large unfolded are so a few samples at a time, and are not kept.
     """
 
     def __init__(
@@ -55,13 +47,11 @@ class Backpropagation:
         repeatable: bool = True,
         attached: Callable[[], Capture] | None = None,
     ) -> None:
+        super().__init__(parameters, captured)
         self.model = model
-        self.parameters = parameters
-        self.captured = captured
         self.forward = forward
         self.repeatable = repeatable
         self.attached = attached
-        self._kept, self._kept_bytes, self.once = dict[Any, Any](), 0, False
         self.plan = self._plan()
 
     def _plan(self) -> Plan:
@@ -150,20 +140,6 @@ class Backpropagation:
         if plan.fallback and columns is not None:
             yield from self.fallback(columns)
 
-    def _dense(self, name: str, index: int, derivatives: Sequence[Tensor | None]) -> Factor | None:
-        """:meth:`closed` where the plan is separate: nothing is to be arranged; None where it must be converted."""
-        recorded = self.captured.record.uses[index]
-        g = derivatives[recorded.edge]
-        if g is None or g.dtype != working_dtype(g.dtype):
-            return None
-        a = self._kept.get(index)
-        if a is None and recorded.use.activation is not None:
-            a = recorded.use.activation().detach()
-            if a.dtype != g.dtype:
-                return None
-            self._kept[index] = a  # a view of what the layer was given
-        return Factor(g.unsqueeze(2), a, self.parameters[name].shape, recorded.transposed)
-
     def fallback(self, columns: Tensor) -> Iterator[tuple[str, Factor]]:
         """Factors of the parameters without a trusted rule."""
         wanted = {name: self.parameters[name] for name in self.plan.fallback}
@@ -226,94 +202,3 @@ class Backpropagation:
                 self.plan.batched = False
         each = [backward(column, False) for column in columns]
         return [None if ds[0] is None else torch.stack(list(ds)) for ds in zip(*each)]
-
-    # ------------------------------------------------------------------ closed rules
-
-    def _rows(self, recorded: RecordedUse, derivative: Tensor) -> Tensor:
-        """g of one use, [V, R, s, O]."""
-        batch_axes = recorded.use.batch_axes
-        dz = derivative.to(working_dtype(derivative.dtype))
-        if batch_axes != 1:
-            dz = dz.reshape(dz.shape[0], -1, *dz.shape[1 + batch_axes :])
-        return dz.unsqueeze(2) if recorded.use.gradient is None else recorded.use.gradient(dz)
-
-    def _gradient(self, index: int, derivative: Tensor) -> Tensor:
-        """g of one use in the normal form [V, N, S, O], without S where a = 1."""
-        recorded = self.captured.record.uses[index]
-        batch_shape = recorded.output_shape[: recorded.use.batch_axes]
-        g = self.plan.layouts[index].arrange(self._rows(recorded, derivative), batch_shape, self.captured.samples, 1)
-        if recorded.use.activation is None and g.shape[2] > 1:
-            g = g.sum(2, keepdim=True)
-        inputs = 1
-        if recorded.use.activation is not None:
-            inputs = recorded.numel // g.shape[3]
-        total = self.parameters[recorded.name].numel()
-        if recorded.numel != total and not recorded.transposed:  # some rows of the parameter
-            first = recorded.start // inputs
-            g = nn.functional.pad(g, (first, total // inputs - first - g.shape[3]))
-        return g
-
-    def _activation(self, index: int) -> Tensor | None:
-        recorded = self.captured.record.uses[index]
-        if recorded.use.activation is None:
-            return None
-        a = recorded.use.activation().detach()
-        if not a.is_floating_point():
-            a = a.unsqueeze(-1)
-        else:
-            a = a.to(working_dtype(a.dtype))
-        batch_shape = recorded.output_shape[: recorded.use.batch_axes]
-        return self.plan.layouts[index].arrange(a, batch_shape, self.captured.samples, 0)
-
-    def closed(self, name: str, indices: list[int], derivatives: Sequence[Tensor | None]) -> Factor | None:
-        """Factor of one parameter from the uses with these indices; None where nothing arrived at any of them."""
-        uses = self.captured.record.uses
-        shape = self.parameters[name].shape
-        parts: list[tuple[int, Tensor, Tensor | None]] = []
-        for i in indices:
-            derivative = derivatives[uses[i].edge]
-            if derivative is not None:
-                g, a = self._gradient(i, derivative), partial(self._cached, i, partial(self._activation, i))
-                alone = self.once and len(indices) == 1 and uses[i].numel == shape.numel()
-                if alone and (unfolding := unfolding_of(uses[i], self.plan.layouts[i], g, a)) is not None:
-                    return Factor(g, unfolding, shape)
-                parts.append((i, g, a()))
-        if not parts:
-            return None
-        if len(parts) == 1 or len({(uses[i].transposed, form(a)) for i, _, a in parts}) == 1:
-            return self._joined(name, parts, shape)
-        total = None
-        for part in parts:
-            factor = self._joined(part[0], [part], shape)
-            J = factor.spread(factor.jacobian(), (2,))
-            total = J if total is None else total + J
-        assert total is not None
-        return Factor(total[:, :, None], None, shape)
-
-    def _cached(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What does not depend on the columns is kept for the next chunk of them, up to a limit."""
-        if key in self._kept:
-            return self._kept[key]
-        value = compute()
-        size = sum(
-            t.numel() * t.element_size() for t in (value if isinstance(value, tuple) else (value,)) if t is not None
-        )
-        if self._kept_bytes + size <= KEEP_BYTES:
-            self._kept[key] = value
-            self._kept_bytes += size
-        return value
-
-    def _joined(self, key: Any, parts: list[tuple[int, Tensor, Tensor | None]], shape: torch.Size) -> Factor:
-        """One factor of uses of the same form, joined along S."""
-        first, g, a = parts[0]
-        if a is None:
-            return Factor(sum((p[1] for p in parts[1:]), start=g), None, shape)
-        rows = None
-        if len(parts) > 1:
-            g = torch.cat([p[1] for p in parts], 2)
-        if len(parts) > 1 or not a.is_floating_point():
-            several = [p[2] for p in parts if p[2] is not None]
-            a, rows = self._cached(("joined", key), lambda: join(several, g.dtype))
-        if a.dtype != g.dtype:
-            a = a.to(g.dtype)
-        return Factor(g, a, shape, self.captured.record.uses[first].transposed, rows)

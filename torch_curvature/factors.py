@@ -34,8 +34,7 @@ class Factor:
 
     Attributes:
         g: [V, N, S, O], derivative of each column with respect to the layer's output.
-        input: ``a`` [N, S, I], the layer's input; None stands for ones with I = 1 (then S = 1 and ``g`` is the
-            Jacobian); an :class:`Unfolding` makes it when it is needed.
+        input: ``a`` [N, S, I], the layer's input, or what makes it when it is needed; None stands for ones with I = 1.
         shape: shape of the parameter.
         transposed: the parameter is stored as [I, O] and not as [O, I].
         rows: [I] rows of the parameter that the I entries of ``a`` stand for (an embedding table of which this
@@ -95,8 +94,7 @@ class Factor:
     def samples(self, start: int, stop: int) -> Factor:
         """The same for samples start..stop-1."""
         if isinstance(self.input, Unfolding):
-            stop = min(stop, self.g.shape[1])
-            return Factor(self.g[:, start:stop], self.input.part(start, stop), self.shape)
+            return Factor(self.g[:, start:stop], self.input.samples(start, min(stop, self.g.shape[1])), self.shape)
         a = None if self.input is None else self.input[start:stop]
         factor = Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows)
         return factor if self.ones is None else factor.with_bias(self.bias, lambda: self.with_ones()[start:stop])
@@ -232,7 +230,9 @@ def squared_norms(factor: Factor) -> Tensor:
 
 def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
     """``sum_vn sign[v,n] J[v,n]^2`` in the parameter's shape."""
-    out: Tensor | None = None
+    if isinstance(factor.input, Unfolding) and factor.input.patches is not None:
+        return factor.input.patches.diagonal(factor.g, sign).reshape(factor.shape)
+    out = None
     for chosen, part in in_parts(factor):
         g, a = _bare(part)
         found = gauss_newton_diagonal(g, a, None if sign is None else sign[:, chosen].to(g.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 from .ops.routing import takes_helpers
 
 _norms = torch.ops.torch_curvature.convolution_norms.default._op
+_diagonal = torch.ops.torch_curvature.convolution_diagonal.default._op
 _jacobian = torch.ops.torch_curvature.convolution_jacobian.default._op
 
 
@@ -37,4 +38,9 @@ class Patches:
     def jacobian(self, g: Tensor) -> Tensor:
         """``sum_s g[v,n,s] (x) a[n,s]`` [V, N, O C K]."""
         found: Tensor = _jacobian(g, self.images, self.geometry)
+        return found
+
+    def diagonal(self, g: Tensor, sign: Tensor | None) -> Tensor:
+        """``sum_vn sign[v,n] (sum_s g[v,n,s] (x) a[n,s])^2``, entry by entry: [O, C K], for sign [V, N]."""
+        found: Tensor = _diagonal(g, self.images, self.geometry, None if sign is None else sign.to(g.dtype))
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ class Unfolding:
     def size(self) -> int:
         """In bytes."""
         return self.shape.numel() * self.itemsize
+
+    def samples(self, start: int, stop: int) -> Unfolding | Tensor:
+        """The same for samples start..stop-1: formed, but for images, which need not be."""
+        if self.patches is None:
+            return self.part(start, stop)
+        _, S, inputs = self.shape
+        patches = Patches(self.patches.images[start:stop], self.patches.geometry)
+        whole = partial(self.part, start, stop)
+        some = lambda first, last: self.part(start + first, start + last)  # noqa: E731
+        return Unfolding(torch.Size((stop - start, S, inputs)), some, whole, self.itemsize, patches)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """First sample and the one after the last of each part; enough samples in each for all threads."""

@@ -4,7 +4,7 @@
 // itself. A chunk is a few outputs o by a few inputs i: for every row the product over positions leaves its tiles one
 // after the other in a row of the chunk; the inner products of the rows are added to sums of the chunk's piece, and the
 // pieces are summed in order. Multiply-adds: R S O I + R (R + 1) / 2 O I for R = V N rows. Bytes: g once for every
-// kInputs inputs, a once for every chunk of outputs; J never leaves the second-level cache.
+// kInputs inputs, a once for every chunk of outputs; J never leaves the last cache.
 #pragma once
 #include "jacobian_gram.h"
 #include "overlaps.h"
@@ -14,7 +14,7 @@ namespace torch_curvature::cpu {
 // How the columns of J are cut: `wide` chunks of inputs for every chunk of `height` outputs.
 template <class A>
 struct Chunks {
-  static constexpr int64_t kInputs = 2 * kCols<A>, kHeight = 128, kElements = (1 << 19) / sizeof(A);
+  static constexpr int64_t kInputs = 2 * kCols<A>, kHeight = 128, kElements = (1 << 20) / sizeof(A);
   int64_t most, wide, height, count;
   Chunks(int64_t R, int64_t O, int64_t I)
       : most(std::min(kInputs, divide_up(I, kCols<A>) * kCols<A>)),

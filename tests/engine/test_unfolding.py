@@ -141,6 +141,36 @@ def test_tracked_step_from_images(
     assert all(g.dtype == dtype for g in met)
 
 
+@pytest.mark.parametrize(
+    "loss_fn", [nn.CrossEntropyLoss(), lambda u, y: -torch.tanh(u).square().sum()], ids=["CE", "signed"]
+)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_diagonals_from_images(
+    name: str, form: torch.memory_format, loss_fn: Any, small_parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The diagonal and the trace, of a loss that is convex and of one that is not, beside those from unfolded inputs."""
+    model, x, y = build(name)
+    data = x.contiguous(memory_format=form), y
+    met: list[Tensor] = []
+    norms, diagonal = Patches.norms, Patches.diagonal
+    monkeypatch.setattr(Patches, "norms", lambda self, g: met.append(g) or norms(self, g))
+    monkeypatch.setattr(Patches, "diagonal", lambda self, g, sign: met.append(g) or diagonal(self, g, sign))
+    G = tc.GaussNewton(model, loss_fn, data)
+    found, trace = G.diagonal(), G.trace()
+    assert len(met) >= 2
+    with monkeypatch.context() as without:
+        without.setattr(Patches, "suit", lambda self, g: False)
+        met.clear()
+        expected = G.diagonal()
+        assert not met
+    for key, value in expected.items():
+        close(found[key], value)
+    truth = tc.reference.gauss_newton(model, loss_fn, data)
+    close(torch.cat([d.flatten() for d in found.values()]), truth.diagonal())
+    close(trace, truth.trace())
+
+
 def test_two_steps(small_parts: list[tuple[int, int]]) -> None:
     """Inner products between batches of which one has its Jacobians formed in parts, and the other whole."""
     model, x, y = build("padding, stride")

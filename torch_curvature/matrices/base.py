@@ -44,9 +44,11 @@ class Batch:
     def pieces(self, squares: bool = False) -> Iterator[tuple[Iterator[tuple[str, Factor]], Tensor | None]]:
         """As :meth:`chunks` of few columns, the factors one after the other: for what takes one parameter at a time.
 
-        With ``squares``, for sums over the columns of squares of entries of J, one column may stand for all.
+        With ``squares``, for sums over the columns of squares of entries of J, one column may stand for all, and
+        convolutions come without unfolded inputs.
         """
         assert self.backpropagation is not None
+        self.backpropagation.from_images = squares
         for columns, sign in self._scaled_columns(few=True):
             derivatives = self.backpropagation.roots(columns) if squares and sign is None else None
             if derivatives is None:
