@@ -299,11 +299,10 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
     With ``add_to`` they are added to it, and it is returned.
     """
     if left.input is None or right.input is None or any(smaller_formed(factor) for factor in (left, right)):
-        first = _as_g(left)
-        second = first if right is left else _as_g(right)
-        if right is left:
-            return jacobian_gram(first, _ones(first), add_to=add_to)
-        return jacobian_gram(first, _ones(first), second, _ones(second), add_to=add_to)
+        if right is left and isinstance(left.input, Unfolding) and left.input.patches is not None:
+            return left.input.patches.gram(left.g, add_to)
+        first, second = _as_g(left), None if right is left else _as_g(right)
+        return jacobian_gram(first, _ones(first), second, None if second is None else _ones(second), add_to=add_to)
     a, a2 = left.with_ones(), right.with_ones()
     if left.rows is not None and right.rows is not None and left is not right:
         a2 = a2 @ (right.rows[:, None] == left.rows).to(a2.dtype)

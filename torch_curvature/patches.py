@@ -7,11 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops import jacobian_gram
 from .ops.routing import takes_helpers
 
 _norms = torch.ops.torch_curvature.convolution_norms.default._op
 _diagonal = torch.ops.torch_curvature.convolution_diagonal.default._op
 _jacobian = torch.ops.torch_curvature.convolution_jacobian.default._op
+
+
+# Bytes of the Jacobians of a few outputs, which then go through the same memory: fresh pages cost more than to meet the
+# images again. Outputs are taken in whole panels of the kernel.
+SLAB_BYTES, PANEL = 1 << 22, 32
 
 
 @dataclass(slots=True)
@@ -44,3 +50,16 @@ class Patches:
         """``sum_vn sign[v,n] (sum_s g[v,n,s] (x) a[n,s])^2``, entry by entry: [O, C K], for sign [V, N]."""
         found: Tensor = _diagonal(g, self.images, self.geometry, None if sign is None else sign.to(g.dtype))
         return found
+
+    def gram(self, g: Tensor, add_to: Tensor | None) -> Tensor:
+        """[V, N, V, N] inner products of the Jacobians, added to what is given; a few outputs at a time."""
+        _, _, S, O = g.shape
+        channels, (height, width) = self.images.shape[1], self.geometry[:2]
+        each = g.numel() // max(1, S * O) * channels * height * width * g.element_size()  # bytes of one output
+        step = max(1, SLAB_BYTES // (PANEL * each)) * PANEL
+        for start in range(0, O, step):
+            J = self.jacobian(g[..., start : start + step]).unsqueeze(2)
+            ones = J.new_ones(1, 1, 1).expand(J.shape[1], 1, 1)
+            add_to = jacobian_gram(J, ones, add_to=add_to)
+        assert add_to is not None
+        return add_to

@@ -2,7 +2,7 @@
 //
 // The input of a sample is padded once, and parted by the residues of its rows and columns modulo the stride: for every
 // place of the kernel, consecutive positions then see consecutive numbers. Derivatives are packed for runs over all
-// positions in rows of the padded width, with zeros in the gaps.
+// positions in rows of the padded width, with zeros in the gaps (which make NaN of what is infinite there).
 #pragma once
 #include "jacobian.h"
 

@@ -149,7 +149,7 @@ def test_tracked_step_from_images(
 def test_diagonals_from_images(
     name: str, form: torch.memory_format, loss_fn: Any, small_parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The diagonal and the trace, of a loss that is convex and of one that is not, beside those from unfolded inputs."""
+    """Of a loss that is convex and of one that is not, beside those from unfolded inputs."""
     model, x, y = build(name)
     data = x.contiguous(memory_format=form), y
     met: list[Tensor] = []
