@@ -142,9 +142,10 @@ CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProble
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < width; ++j) tile[i][j] = flipped[j][i] = static_cast<T>(*line++);
   }
-  each_place(t, q, s, [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) {
-    place_tile(transposed ? flipped : tile, rows, columns, s.G, s.ld, s.add);
-  });
+  each_place(t, q, s,
+             [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) __attribute__((always_inline)) {
+               place_tile(transposed ? flipped : tile, rows, columns, s.G, s.ld, s.add);
+             });
 }
 
 // The same for a triangle: what is written is symmetric.
@@ -157,7 +158,7 @@ CURVATURE_CLONES void scatter_triangle(const A* line, PairTile t, Pair q, Kronec
     for (int64_t j = i + 1; j < edge; ++j) tile[j][i] = tile[i][j];
     line += edge - i;
   }
-  each_place(t, q, s, [&](bool, const PlacedRun& rows, const PlacedRun& columns) {
+  each_place(t, q, s, [&](bool, const PlacedRun& rows, const PlacedRun& columns) __attribute__((always_inline)) {
     place_tile(tile, rows, columns, s.G, s.ld, s.add);
   });
 }
