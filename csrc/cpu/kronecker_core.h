@@ -5,8 +5,9 @@
 // where b is symmetric, only o <= p: a quarter of the flops, and every value is written to its mirrored places, so that
 // the result is symmetric to the bit. Flops: 2 N (pairs of b) (pairs of a), less what skipping saves: samples whose
 // eight pairs in a panel of b are all zero (units that a ReLU switched off) are left out of that panel's product.
-// A task is a run of panels of b by a tile of pairs of a: it forms the products a a2 of its tile in the second-level
-// cache, multiplies, and scatters. Bytes to memory: G once, the packed pairs of b once for every tile of a.
+// A task is a run of panels of b by a tile of pairs of a, all i <= j of a few inputs and 16 x 16 of many: it forms the
+// products a a2 of its tile in the second-level cache, multiplies, and scatters. Bytes to memory: G once, the packed
+// pairs of b once for every tile of a.
 #pragma once
 #include "placed.h"
 #include "tile_product.h"
