@@ -53,7 +53,17 @@ MAY_IMPORT = {
     "second_passes": {"backprop", "nodes", "plan", "capture"},
     "node_columns": {"nodes"},
     "second_nodes": {"node_columns", "nodes"},
-    "second_order": {"joining", "second_passes", "second_nodes", "node_columns", "backprop", "plan", "layers"},
+    "chain_hessians": {"chains", "second_nodes", "nodes", "ops"},
+    "second_order": {
+        "chain_hessians",
+        "joining",
+        "second_passes",
+        "second_nodes",
+        "node_columns",
+        "backprop",
+        "plan",
+        "layers",
+    },
     "attached": {"capture", "recorder"},
     "tracking": {
         "norms",

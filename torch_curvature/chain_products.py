@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .chains import MOST_WEIGHTS
-from .nodes import IN_PLACE, LEAF
+from .chains import DENSE, MOST_WEIGHTS, POSITIVE, SLOPE, Link, links
+from .nodes import LEAF
 from .ops.routing import takes_helpers
 
 _ahead = torch.ops.torch_curvature.dense_chain_ahead.default._op
 _back = torch.ops.torch_curvature.dense_chain_back.default._op
-_DENSE, _SLOPE, _POSITIVE = range(3)
 _WEIGHT, _INPUT, _BIAS = 4, 8, 16
 
 
@@ -53,7 +52,7 @@ class ProductChain(NamedTuple):
             kind = step.kind
             if kinds and step.operand is not None:
                 operands.append(step.operand)
-                kind += _WEIGHT * (kind == _DENSE)
+                kind += _WEIGHT * (kind == DENSE)
             if step.weight is not None and step.input is not None:
                 tangent = tangents[id(step.weight)]
                 operands += (step.input, tangent.T if step.transposed else tangent)
@@ -74,9 +73,9 @@ class ProductChain(NamedTuple):
         last = len(self.steps) - 1
         for place, step in enumerate(self.steps):
             kind = step.kind
-            if step.operand is not None and (kind != _DENSE or place < last):
-                operands.append(step.operand.T if kind == _DENSE else step.operand)
-                kind += _WEIGHT * (kind == _DENSE)
+            if step.operand is not None and (kind != DENSE or place < last):
+                operands.append(step.operand.T if kind == DENSE else step.operand)
+                kind += _WEIGHT * (kind == DENSE)
             if step.weight is not None and step.input is not None:
                 operands.append(step.input)
                 kept.append((step.weight, not step.transposed))
@@ -90,80 +89,68 @@ class ProductChain(NamedTuple):
         return {id(p): total.T if turned else total for (p, turned), total in zip(kept, sums, strict=True)}
 
 
-def _parameter(node: Any) -> tuple[Any, bool] | None:
-    """The leaf behind this node and whether it is transposed, (None, False) for none; None where more is behind it."""
+def _leaf(node: Any, wanted: set[int]) -> tuple[Any, bool]:
+    """The leaf behind this node, None for none that is wanted, and whether it is transposed."""
     transposed = node is not None and node.name() == "TBackward0"
     if transposed:
         node = node.next_functions[0][0]
-    if node is None:
-        return None, False
-    return (node.variable, transposed) if node.name() == LEAF else None
+    leaf = None if node is None else node.variable
+    return (leaf if id(leaf) in wanted else None), transposed
 
 
-def _dense_step(node: Any, name: str, wanted: set[int]) -> tuple[Step, Any] | None:
-    """A dense layer and the node before it."""
-    bias: Any = None
-    if name == "AddmmBackward0":
-        (bias, _), (before, _), (factor, _) = node.next_functions
-        if node._saved_alpha != 1 or node._saved_beta != 1:
-            return None
-    else:
-        (before, _), (factor, _) = node.next_functions
-    of_weight, of_bias = _parameter(factor), _parameter(bias)
-    if of_weight is None or of_bias is None or of_bias[1]:
+def _dense_step(link: Link, wanted: set[int]) -> Step | None:
+    """A dense layer."""
+    node = link.node
+    (weight, transposed), (bias, turned) = _leaf(link.weight, wanted), _leaf(link.bias, wanted)
+    added = node.name() == "AddmmBackward0"
+    if turned or (added and node._saved_beta != 1):
         return None
-    (weight, transposed), (added, _) = of_weight, of_bias
-    if weight is not None and id(weight) not in wanted:
-        weight = None
-    if added is not None and id(added) not in wanted:
-        added = None
-    if added is not None and (added.dim() != 1 or added.shape[0] != node._input_metadata[0].shape[1]):
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != node._input_metadata[0].shape[1]):
         return None  # it is broadcast
-    if before is not None and before.name() == LEAF:
-        before = None  # an input
-    operand = None if before is None else node._saved_mat2
-    input = None if weight is None else node._saved_mat1 if name == "AddmmBackward0" else node._saved_self
-    return Step(_DENSE, operand, input, weight, transposed, added), before
+    operand = None if _is_input(link.before) else node._saved_mat2
+    input = None if weight is None else node._saved_mat1 if added else node._saved_self
+    return Step(DENSE, operand, input, weight, transposed, bias)
+
+
+def _is_input(node: Any) -> bool:
+    return node is None or node.name() == LEAF
+
+
+def _steps(outputs: Tensor, wanted: set[int]) -> list[Step] | None:
+    steps: list[Step] = []
+    entries = 0
+    for link in links(outputs):
+        if link.kind == DENSE:
+            step = _dense_step(link, wanted)
+        elif link.kind == POSITIVE:
+            step = Step(POSITIVE, link.node._saved_result)
+        else:
+            step = Step(SLOPE, link.slope(outputs.dtype)) if link.kind == SLOPE else None
+        if step is None:
+            return None
+        steps.append(step)
+        entries += 0 if step.weight is None else step.weight.numel()
+        if entries > MOST_WEIGHTS:
+            return None
+        if link.kind == DENSE and _is_input(link.before):
+            break
+    return steps
 
 
 def product_chain(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> ProductChain | None:
     """The chain that ``outputs [N, K]`` are at the end of; None where they are not, or it is done better otherwise."""
-    if outputs.dim() != 2 or outputs.output_nr != 0 or not takes_helpers(outputs.detach()):
+    if not takes_helpers(outputs.detach()):
         return None
-    wanted = {id(p) for p in parameters.values()}
-    steps: list[Step] = []
-    seen: list[int] = []
-    entries = 0
-    node: Any = outputs.grad_fn
     try:
         with torch.no_grad():
-            while node is not None:
-                name = node.name()
-                if name == "ReluBackward0":
-                    steps.append(Step(_POSITIVE, node._saved_result))
-                    node = node.next_functions[0][0]
-                elif name in IN_PLACE:
-                    slope = node(torch.ones(node._input_metadata[0].shape, dtype=outputs.dtype))
-                    steps.append(Step(_SLOPE, slope))
-                    node = node.next_functions[0][0]
-                elif name in ("AddmmBackward0", "MmBackward0"):
-                    found = _dense_step(node, name, wanted)
-                    if found is None:
-                        return None
-                    step, node = found
-                    steps.append(step)
-                    seen += [id(p) for p in (step.weight, step.bias) if p is not None]
-                    entries += 0 if step.weight is None else step.weight.numel()
-                    if entries > MOST_WEIGHTS:
-                        return None
-                else:
-                    return None
+            steps = _steps(outputs, {id(p) for p in parameters.values()})
     except RuntimeError as error:  # what autograd saved cannot be had here (checkpointing)
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None
     while steps and steps[-1].weight is None and steps[-1].bias is None:
         steps.pop()
+    seen = [id(p) for step in steps or () for p in (step.weight, step.bias) if p is not None]
     if not steps or len(seen) != len(set(seen)):
         return None
     return ProductChain(outputs.shape[0], steps)

@@ -7,7 +7,7 @@ graph (as ``nodes.py`` knows any graph of such nodes) and run by one helper of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,33 @@ from .nodes import IN_PLACE, LEAF
 from .ops.routing import takes_helpers
 
 _dense_chain = torch.ops.torch_curvature.dense_chain.default._op
-_DENSE, _SLOPE, _POSITIVE, _KEEP = range(4)
+DENSE, SLOPE, POSITIVE, KEEP = range(4)  # kinds of steps as the helpers number them
+UNKNOWN = -1
 
 # Entries of weights that stay in the second-level cache of one core (float32: half a MiB). Larger layers are worth a
 # matrix product of their own.
 MOST_WEIGHTS = 1 << 17
+
+
+class Link(NamedTuple):
+    """A node of autograd's graph on the way from the outputs to the beginning.
+
+    Attributes:
+        kind: `DENSE`, `SLOPE` (an elementwise function), `POSITIVE` (a ReLU), or `UNKNOWN`: no part of a chain.
+        before: the node before it, None at an input.
+        weight, bias: what is behind a dense layer's parameters; None for nothing.
+    """
+
+    node: Any
+    kind: int
+    before: Any = None
+    weight: Any = None
+    bias: Any = None
+
+    def slope(self, dtype: torch.dtype) -> Tensor:
+        """Derivative of an elementwise function."""
+        slope: Tensor = self.node(torch.ones(self.node._input_metadata[0].shape, dtype=dtype))
+        return slope
 
 
 class Chain(NamedTuple):
@@ -45,50 +67,51 @@ def _is_parameter(node: Any) -> bool:
     return node is None or node.name() == LEAF
 
 
+def links(outputs: Tensor) -> Iterator[Link]:
+    """The nodes behind ``outputs [N, F]``, up to an input or the first one that is no part of a chain."""
+    node: Any = outputs.grad_fn if outputs.dim() == 2 and outputs.output_nr == 0 else None
+    while node is not None:
+        name, link = node.name(), Link(node, UNKNOWN)
+        if name in IN_PLACE:
+            link = Link(node, POSITIVE if name == "ReluBackward0" else SLOPE, node.next_functions[0][0])
+        elif name == "AddmmBackward0" and node._saved_alpha == 1:
+            (bias, _), (before, _), (weight, _) = node.next_functions
+            link = Link(node, DENSE, before, weight, bias)
+        elif name == "MmBackward0":
+            (before, _), (weight, _) = node.next_functions
+            link = Link(node, DENSE, before, weight)
+        if link.kind == DENSE and not (_is_parameter(link.weight) and _is_parameter(link.bias)):
+            link = Link(node, UNKNOWN)
+        yield link
+        node = link.before
+
+
 def chain_between(outputs: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
     """The chain that leads from ``outputs [N, F]`` to all edges; None where the graph is no such chain."""
-    if outputs.dim() != 2 or outputs.output_nr != 0:
-        return None
     wanted = {edge.node: index for index, edge in enumerate(edges) if edge.output_nr == 0}
     if not wanted or len(wanted) != len(edges):
         return None
     chain, entries = Chain([], [], []), 0
-    node: Any = outputs.grad_fn
-    while node is not None:
-        index = wanted.get(node)
+    for link in links(outputs):
+        index = wanted.get(link.node)
         if index is not None:
-            chain.kinds.append(_KEEP)
+            chain.kinds.append(KEEP)
             chain.edges.append(index)
             if len(chain.edges) == len(edges):
                 return chain
-        name = node.name()
-        if name == "ReluBackward0":
-            chain.kinds.append(_POSITIVE)
-            chain.operands.append(node._saved_result)
-            node = node.next_functions[0][0]
-            continue
-        if name in IN_PLACE:
-            chain.kinds.append(_SLOPE)
-            chain.operands.append(node(torch.ones(node._input_metadata[0].shape, dtype=outputs.dtype)))
-            node = node.next_functions[0][0]
-            continue
-        if name == "AddmmBackward0":
-            if node._saved_alpha != 1:
+        if link.kind == UNKNOWN:
+            return None
+        if link.kind == DENSE:
+            if link.before is None:
                 return None
-            (bias, _), (before, _), (weight, _) = node.next_functions
-        elif name == "MmBackward0":
-            bias, ((before, _), (weight, _)) = None, node.next_functions
+            operand = link.node._saved_mat2.T
+            entries += operand.numel()
+            if entries > MOST_WEIGHTS:
+                return None
         else:
-            return None
-        if before is None or not (_is_parameter(bias) and _is_parameter(weight)):
-            return None
-        operand = node._saved_mat2.T
-        entries += operand.numel()
-        if entries > MOST_WEIGHTS:
-            return None
-        chain.kinds.append(_DENSE)
+            operand = link.node._saved_result if link.kind == POSITIVE else link.slope(outputs.dtype)
+        chain.kinds.append(link.kind)
         chain.operands.append(operand)
-        node = before
     return None
 
 

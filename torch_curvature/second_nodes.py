@@ -13,7 +13,7 @@ Layer outputs that have been passed stay as columns, as do the inputs of layers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,26 @@ class Pushed:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     hessians: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+def cost(steps: Iterable[tuple[int, bool, Sequence[int]]], pairs: bool, live: int) -> tuple[float, float, float]:
+    """(Multiply-adds of edge pushing, of second-order passes, largest memory in elements), per sample.
+
+    Args:
+        steps: from the outputs on, entries of a value, whether it is an edge, those of values that products lead to.
+        live: values at once.
+    """
+    ours = products = held = 0.0
+    Z = 0
+    for width, edge, children in steps:
+        Z += width * edge
+        for child in children:
+            products += width * child
+            ours += width * child * (live * (width + child) + Z * pairs)
+        held = max(held, 3.0 * live * width**2)
+        if edge:
+            held += width * (Z if pairs else width)
+    return ours, 4.0 * Z * products, held
 
 
 class Frontier:
@@ -126,25 +146,15 @@ class Frontier:
         return {node: shape_and_dtype(node)[0].numel() // self.samples for node in self.leading}
 
     def cost(self) -> tuple[float, float, float]:
-        """(Multiply-adds of this, of second-order passes, largest memory in elements), per sample."""
-        width, Z = self.widths(), 0
-        ours = passed = held = 0.0
-        products = 0.0
-        live = 1 + sum(node.name() == "AddBackward0" for node in self.leading)  # values at once, at most
+        """As :func:`cost`."""
+        width = self.widths()
+        steps = []
         for node in reversed(self.nodes):
-            if node not in self.leading:
-                continue
-            if node in self.edges:
-                Z += width[node]
-            for child, _ in node.next_functions:
-                if child in self.leading and node.name() in PRODUCTS:
-                    products += width[node] * width[child]
-                    ours += width[node] * width[child] * (live * (width[node] + width[child]) + Z * self.pairs)
-            held = max(held, 3.0 * live * width[node] ** 2)
-            if node in self.edges:
-                held += width[node] * (Z if self.pairs else width[node])
-        passed = 4.0 * Z * products
-        return ours, passed, held
+            if node in self.leading:
+                children = [c for c, _ in node.next_functions if c in self.leading and node.name() in PRODUCTS]
+                steps.append((width[node], node in self.edges, [width[child] for child in children]))
+        live = 1 + sum(node.name() == "AddBackward0" for node in self.leading)  # values at once, at most
+        return cost(steps, self.pairs, live)
 
     # ------------------------------------------------------------------ pushing
 
@@ -263,3 +273,9 @@ class Frontier:
             node, w, value = w, node, turned(dense(value))
         columns = self.between.setdefault(node, {})
         columns[w] = dense(columns[w]) + dense(value) if w in columns else value
+
+
+def frontier(outputs: Tensor, edges: dict[int, Any], inputs: dict[int, Any], pairs: bool) -> Frontier | None:
+    """The frontier at the outputs; None where nodes are not known."""
+    made = Frontier(outputs, edges, inputs, pairs)
+    return made if made.applicable else None

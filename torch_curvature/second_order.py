@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chain_hessians import HessianChain, hessian_chain
 from .joining import one_hot
 from .layers.linear import positions_last
 from .node_columns import VIEWS
 from .plan import TOLERANCE, working_dtype
-from .second_nodes import Frontier, Pushed
+from .second_nodes import Frontier, Pushed, frontier
 from .second_passes import SecondPasses
+
+Way = Callable[[], "HessianChain | Frontier | None"]
 
 
 @dataclass(slots=True)
@@ -140,24 +144,33 @@ class SecondOrder(SecondPasses):
         outputs, record = self.captured.outputs, self.captured.record
         if record.hooked or outputs.dtype != self.dtype or any(self.places(e) is not None for e in edges):
             return None
-        inputs = {node.index: self._input_node(node) for node in nodes}
-        frontier = Frontier(
-            outputs,
-            {e: record.edges[e].node for e in edges},
-            {index: node for index, node in inputs.items() if node is not None},
-            pairs,
-        )
-        if any(record.edges[e].output_nr for e in edges) or not frontier.applicable:
+        if any(record.edges[e].output_nr for e in edges):
             return None
-        ours, passes, held = frontier.cost()
-        if ours > passes or held * self.captured.samples * outputs.element_size() > self.limit:
+        at = {e: record.edges[e].node for e in edges}
+        inputs = {node.index: self._input_node(node) for node in nodes if node.edge != edges[0]}
+        inputs = {index: node for index, node in inputs.items() if node is not None}
+        for way in (hessian_chain, frontier):
+            found = self._proved(partial(way, outputs, at, inputs, pairs), edges, nodes, curved, pairs)
+            if found is not None:
+                return found
+        return None
+
+    def _proved(
+        self, way: Way, edges: Sequence[int], nodes: Sequence[Node], curved: bool, pairs: bool
+    ) -> Pushed | None:
+        """What one way gives, if it was compared with second-order passes or can be."""
+        made = way()
+        if made is None:
             return None
-        known, key = self.pass_.plan.second_by_nodes, (frontier.signature(), curved)
+        ours, passes, held = made.cost()
+        if ours > passes or held * self.captured.samples * self.captured.outputs.element_size() > self.limit:
+            return None
+        known, key = self.pass_.plan.second_by_nodes, (made.signature(), curved)
         if known.get(key) is False:
             return None
-        if curved and key not in known and self.pushed(edges, nodes, False, pairs) is None:
+        if curved and key not in known and self._proved(way, edges, nodes, False, pairs) is None:
             return None  # the residual is compared alone: beside the Gauss-Newton part it may be too small to be seen
-        found = frontier.push(self.cotangent.detach(), self._loss_hessian() if curved else None)
+        found = made.push(self.cotangent.detach(), self._loss_hessian() if curved else None)
         if found is None or key in known:
             return found
         agrees = self._agrees(found, edges, nodes, curved, pairs)

@@ -145,8 +145,7 @@ CURVATURE_CLONES void place_products(const TwoLayers<T>& s, LaneTile t, int64_t 
           for (int64_t i = 0; i < inputs; ++i)
             flipped[j][i] = static_cast<T>(panel[(lane + i) / W * kRows * W + (lane + i) % W]);
       }
-      for (int64_t i = 0; i < kEdge; ++i)
-        for (int64_t j = 0; j < kEdge; ++j) tile[i][j] = flipped[j][i];
+      transpose_tile<T>(flipped, tile);
       const PlacedRun columns{z.columns, p, j0, height, z.I2};
       const int64_t j1 = j0 + kEdge < z.I2 ? j0 + kEdge : 0, p1 = p + (j1 == 0);
       if (p1 < t.p1) {
@@ -204,6 +203,36 @@ void two_layers(const TwoLayers<T>& s) {
   });
 }
 
+// A layer with itself that has one input, a bias: sums over the samples, m[n, o, p] a[n]^2 for p >= o.
+template <class T, class A>
+CURVATURE_CLONES void sum_samples(const T* m, int64_t mn, int64_t mp, const T* a, int64_t an, int64_t N, int64_t count,
+                                  A* __restrict__ sum) {
+  std::fill_n(sum, count, A(0));
+  for (int64_t n = 0; n < N; ++n) {
+    const A weight = static_cast<A>(a[n * an]) * static_cast<A>(a[n * an]);
+    const T* row = m + n * mn;
+    if (mp == 1)
+      for (int64_t p = 0; p < count; ++p) sum[p] += weight * static_cast<A>(row[p]);
+    else
+      for (int64_t p = 0; p < count; ++p) sum[p] += weight * static_cast<A>(row[p * mp]);
+  }
+}
+
+template <class T>
+void one_input(const TwoLayers<T>& s) {
+  using A = accumulate_t<T>;
+  const BlockSizes& z = s.size;
+  share_tasks(z.O, double(z.N) * z.O * z.O > kWorthThreads, [&](int64_t o) {
+    Buffer<A> sum(z.O - o);
+    sum_samples<T, A>(s.m + o * (s.mo + s.mp), s.mn, s.mp, s.a, s.an, z.N, z.O - o, sum);
+    for (int64_t p = o; p < z.O; ++p) {
+      const int64_t row = z.rows.at(o, 0, 1), column = z.rows.at(p, 0, 1);
+      T &to = s.out[row * s.ld + column], &twin = s.out[column * s.ld + row];
+      to = twin = static_cast<T>(s.add ? A(to) + sum[p - o] : sum[p - o]);
+    }
+  });
+}
+
 // No samples: zeros, or nothing to add.
 void write_zeros(const BlockSizes& z, bool symmetric, Tensor& out) {
   const int64_t ld = out.stride(0);
@@ -236,29 +265,29 @@ void curvature_block(const Tensor& m, const Tensor& a, std::optional<Tensor> a2,
     using A = accumulate_t<T>;
     const T* values = sm.template data<T>();
     T* to = static_cast<T*>(out.data_ptr());
-    if (a2) {
-      const bool moves = g && z.D;
-      two_layers<T>({values,
-                     sa.template data<T>(),
-                     sa2.template data<T>(),
-                     moves ? sg.template data<T>() : nullptr,
-                     moves ? sd.template data<T>() : nullptr,
-                     sm.core[0],
-                     sm.core[1],
-                     sm.core[2],
-                     sa.core[0],
-                     sa.core[1],
-                     sa2.core[0],
-                     sa2.core[1],
-                     sg.core[0],
-                     sg.core[1],
-                     sd.core[0],
-                     sd.core[1],
-                     sd.core[2],
-                     z,
-                     to,
-                     out.stride(0),
-                     add});
+    const bool moves = g && z.D;
+    if (a2 || z.I == 1) {
+      (a2 ? two_layers<T> : one_input<T>)({values,
+                                           sa.template data<T>(),
+                                           sa2.template data<T>(),
+                                           moves ? sg.template data<T>() : nullptr,
+                                           moves ? sd.template data<T>() : nullptr,
+                                           sm.core[0],
+                                           sm.core[1],
+                                           sm.core[2],
+                                           sa.core[0],
+                                           sa.core[1],
+                                           sa2.core[0],
+                                           sa2.core[1],
+                                           sg.core[0],
+                                           sg.core[1],
+                                           sd.core[0],
+                                           sd.core[1],
+                                           sd.core[2],
+                                           z,
+                                           to,
+                                           out.stride(0),
+                                           add});
       return;
     }
     const T* own = sa.template data<T>();

@@ -5,8 +5,9 @@
 // where b is symmetric, only o <= p: a quarter of the flops, and every value is written to its mirrored places, so that
 // the result is symmetric to the bit. Flops: 2 N (pairs of b) (pairs of a), less what skipping saves: samples whose
 // eight pairs in a panel of b are all zero (units that a ReLU switched off) are left out of that panel's product.
-// A task is a run of panels of b by a tile of pairs of a: it forms the products a a2 of its tile in the second-level
-// cache, multiplies, and scatters. Bytes to memory: G once, the packed pairs of b once for every tile of a.
+// A task is a run of panels of b by a tile of pairs of a, all i <= j of a few inputs and 16 x 16 of many: it forms the
+// products a a2 of its tile in the second-level cache, multiplies, and scatters. Bytes to memory: G once, the packed
+// pairs of b once for every tile of a.
 #pragma once
 #include "placed.h"
 #include "tile_product.h"
@@ -34,7 +35,8 @@ struct KroneckerProblem {
   bool add = false;
 };
 
-constexpr int64_t kRun = 16;  // panels of b of one task
+constexpr int64_t kRun = 16;    // panels of b of one task
+constexpr int64_t kWhole = 40;  // inputs all of whose pairs i <= j are one tile
 
 struct PairTile {
   int64_t i0, i1, j0, j1;
@@ -96,7 +98,7 @@ template <class T, class A>
 CURVATURE_CLONES void pack_products(const T* a, int64_t an, int64_t ai, const T* a2, int64_t a2n, int64_t a2j,
                                     PairTile t, int64_t n0, int64_t n1, A* __restrict__ packed) {
   constexpr int64_t W = kCols<A>;
-  A left[kEdge], right[kEdge], row[kEdge * kEdge + W] = {};
+  A left[kWhole], right[kWhole], row[kWhole * (kWhole + 1) / 2 + W] = {};
   const int64_t columns = t.columns(), panels = (columns + W - 1) / W, height = t.i1 - t.i0, width = t.j1 - t.j0;
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t i = 0; i < height; ++i) left[i] = static_cast<A>(a[n * an + (t.i0 + i) * ai]);
@@ -133,21 +135,32 @@ template <class T, class A>
 CURVATURE_CLONES void scatter(const A* line, PairTile t, Pair q, KroneckerProblem<T> s) {
   const int64_t height = t.i1 - t.i0, width = t.j1 - t.j0;
   T tile[kEdge][kEdge], flipped[kEdge][kEdge];  // [i][j] and [j][i]
-  if (!t.triangle && height == kEdge && width == kEdge) {
+  if (height == kEdge && width == kEdge) {
     for (int64_t i = 0; i < kEdge; ++i)
       for (int64_t j = 0; j < kEdge; ++j) tile[i][j] = static_cast<T>(line[i * kEdge + j]);
-    if (s.same || s.symmetric)
-      for (int64_t j = 0; j < kEdge; ++j)
-        for (int64_t i = 0; i < kEdge; ++i) flipped[j][i] = tile[i][j];
+    if (s.same || s.symmetric) transpose_tile<T>(tile, flipped);
   } else {
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = t.triangle ? i : 0; j < width; ++j) {
-        tile[i][j] = flipped[j][i] = static_cast<T>(*line++);
-        if (t.triangle) tile[j][i] = flipped[i][j] = tile[i][j];
-      }
+      for (int64_t j = 0; j < width; ++j) tile[i][j] = flipped[j][i] = static_cast<T>(*line++);
   }
-  each_place(t, q, s, [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) {
-    place_tile(transposed ? flipped : tile, rows, columns, s.G, s.ld, s.add);
+  each_place(t, q, s,
+             [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) __attribute__((always_inline)) {
+               place_tile(transposed ? flipped : tile, rows, columns, s.G, s.ld, s.add);
+             });
+}
+
+// The same for a triangle: what is written is symmetric.
+template <class T, class A>
+CURVATURE_CLONES void scatter_triangle(const A* line, PairTile t, Pair q, KroneckerProblem<T> s) {
+  const int64_t edge = t.i1 - t.i0;
+  T tile[kWhole][kWhole];
+  for (int64_t i = 0; i < edge; ++i) {
+    for (int64_t j = i; j < edge; ++j) tile[i][j] = static_cast<T>(line[j - i]);
+    for (int64_t j = i + 1; j < edge; ++j) tile[j][i] = tile[i][j];
+    line += edge - i;
+  }
+  each_place(t, q, s, [&](bool, const PlacedRun& rows, const PlacedRun& columns) __attribute__((always_inline)) {
+    place_tile(tile, rows, columns, s.G, s.ld, s.add);
   });
 }
 
@@ -165,12 +178,18 @@ bool products_are_finite(const T* a, int64_t an, int64_t ai, int64_t N, int64_t 
 template <class T, class Fill>
 void kronecker(const KroneckerProblem<T>& s, const Fill& fill) {
   using A = accumulate_t<T>;
-  constexpr int64_t W = kCols<A>, kTile = kRows * W, kDepth = 2048 / sizeof(A), kPacked = 1 << 26;
+  constexpr int64_t W = kCols<A>, kTile = kRows * W, kDepth = 2048 / sizeof(A), kPacked = 1 << 26, kTask = 1 << 18;
   std::vector<Pair> pairs;
   for (int64_t o = 0; o < s.O; ++o)
     for (int64_t p = s.symmetric ? o : 0; p < s.O2; ++p) pairs.push_back({o, p});
-  const std::vector<PairTile> tiles = pair_tiles(s.I, s.I2, s.same);
-  const int64_t all = divide_up(pairs.size(), kRows), depth = std::min(s.N, kDepth);
+  const bool whole = s.same && s.I > 0 && s.I <= kWhole;
+  const std::vector<PairTile> tiles =
+      whole ? std::vector<PairTile>{{0, s.I, 0, s.I, true}} : pair_tiles(s.I, s.I2, s.same);
+  const int64_t all = divide_up(pairs.size(), kRows);
+  // Products and sums of a task stay in the second cache, and there are tasks for a few threads.
+  const int64_t deepest = whole ? kTask / divide_up(tiles[0].columns(), W) / W / sizeof(A) : kDepth;
+  const int64_t depth = divide_up(s.N, std::max<int64_t>(1, divide_up(s.N, deepest)));
+  const int64_t run = whole ? std::clamp<int64_t>(all / 4, 1, kRun / 2) : kRun;
   const int64_t most = std::clamp<int64_t>(kPacked / (s.N * kRows * sizeof(A)), kRun, all + kRun);
   const bool threads = double(s.N) * pairs.size() * s.I * s.I2 > kWorthThreads;
   const bool skip = s.N < INT32_MAX && products_are_finite(s.a, s.an, s.ai, s.N, s.I) &&
@@ -179,10 +198,10 @@ void kronecker(const KroneckerProblem<T>& s, const Fill& fill) {
   PairPanels<A> b(s.N, std::min(all, most));
   for (int64_t first = 0; first < all; first += most) {
     b.pack(pairs, first, std::min(most, all - first), skip, fill);
-    const int64_t runs = divide_up(b.count, kRun);
+    const int64_t runs = divide_up(b.count, run);
     share_tasks(runs * static_cast<int64_t>(tiles.size()), threads, [&](int64_t task) {
       const PairTile& t = tiles[task / runs];
-      const int64_t k0 = task % runs * kRun, k1 = std::min(b.count, k0 + kRun);
+      const int64_t k0 = task % runs * run, k1 = std::min(b.count, k0 + run);
       const int64_t columns = t.columns(), wide = divide_up(columns, W);
       Buffer<A> products(wide * depth * W), c((k1 - k0) * wide * kTile), line(wide * W);
       for (int64_t n0 = 0; n0 < s.N; n0 += depth) {
@@ -209,7 +228,7 @@ void kronecker(const KroneckerProblem<T>& s, const Fill& fill) {
             });
           for (int64_t q = 0; q < wide; ++q)
             std::memcpy(line + q * W, c + ((k - k0) * wide + q) * kTile + r * W, W * sizeof(A));
-          scatter<T, A>(line, t, pairs[pair], s);
+          t.triangle ? scatter_triangle<T, A>(line, t, pairs[pair], s) : scatter<T, A>(line, t, pairs[pair], s);
         }
     });
   }

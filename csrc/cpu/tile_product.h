@@ -93,7 +93,8 @@ CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t dept
   }
 }
 
-// Four rows of four floats, transposed in registers of the smallest instruction set; to: kCols apart.
+// Four rows of four floats, transposed in registers of the smallest instruction set; to: kTo apart.
+template <int64_t kTo = kCols<float>>
 CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   const Four a = *reinterpret_cast<const Four*>(x), b = *reinterpret_cast<const Four*>(x + stride),
@@ -101,9 +102,9 @@ CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to) 
   const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7),
              cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
   *reinterpret_cast<Four*>(to) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to + kCols<float>) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  *reinterpret_cast<Four*>(to + 2 * kCols<float>) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to + 3 * kCols<float>) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to + kTo) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to + 2 * kTo) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to + 3 * kTo) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
 }
 
 // out[k kCols + c] = x[c stride + k]: `count` rows that are contiguous along depth, in runs long enough for the

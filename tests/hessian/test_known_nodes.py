@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import torch_curvature as tc
 from tests.engine.models import Function
 from tests.engine.test_matrices import close, part
-from torch_curvature import reference
+from torch_curvature import reference, second_order
 from torch_curvature.plan import Plan
 from torch_curvature.second_nodes import ELEMENTWISE, Frontier
 from torch_curvature.second_order import SecondOrder
@@ -38,6 +38,12 @@ FUNCTIONS = {
     "Cos": torch.cos,
     "Exp": torch.exp,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains go through a helper of the CPU otherwise."""
+    monkeypatch.setattr(second_order, "hessian_chain", lambda *args: None)
 
 
 def layers(*widths: int) -> list[nn.Linear]:

@@ -114,7 +114,9 @@ def test_two_layers(size: tuple[int, ...], second_term: bool, add: bool) -> None
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(5, 3, 4), (600, 9, 17), (9, 17, 33), (4, 1, 3), (0, 2, 3)])
+@pytest.mark.parametrize(
+    "size", [(5, 3, 4), (600, 9, 17), (9, 17, 33), (4, 1, 3), (300, 4, 40), (7, 3, 41), (70, 9, 1), (0, 2, 3)]
+)
 def test_one_layer(size: tuple[int, int, int], kind: str, add: bool) -> None:
     N, O, I = size
     rows, end = places(kind, O, I, 2)
