@@ -27,3 +27,22 @@ def test_few_rows_of_many_columns(sizes: tuple[int, ...], dtype: torch.dtype) ->
     added, total = tc.ops.jacobian_gram(g, a, add_to=held.clone()), held.double() + want
     bound = torch.finfo(dtype).eps * (total.abs() + want.abs()) + 4 * accumulation * (S * O * I) ** 0.5 * size
     assert ((added.double() - total).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("O", "I"), [(9001, 1), (9001, 3), (2, 9001)])
+def test_one_position_of_many_outputs_or_inputs(O: int, I: int, dtype: torch.dtype) -> None:
+    """A few outputs are taken at a time, and added to what the ones before gave."""
+    g, a, g2, a2 = torch.randn(2, 5, 1, O), torch.randn(5, 1, I), torch.randn(3, 40, 1, O), torch.randn(40, 1, I)
+    J, J2 = ((y.mT.double() @ x.double()).flatten(2) for y, x in ((g, a), (g2, a2)))
+    g, a, g2, a2 = (x.to(dtype) for x in (g, a, g2, a2))
+    accumulation = 4 * torch.finfo(dtype).eps * (O * I) ** 0.5
+    for others, right in (((), J), ((g2, a2), J2)):
+        want = torch.einsum("vnp,wmp->vnwm", J, right)
+        bound = accumulation * J.norm(dim=-1).max() * right.norm(dim=-1).max()
+        found = tc.ops.jacobian_gram(g, a, *others)
+        assert ((found.double() - want).abs() <= bound).all()
+        held = torch.randn_like(found)
+        added = tc.ops.jacobian_gram(g, a, *others, add_to=held.clone())
+        assert ((added.double() - held.double() - want).abs() <= bound).all()
+        assert others or torch.equal(found, found.permute(2, 3, 0, 1))
