@@ -218,7 +218,7 @@ def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
     if isinstance(factor.input, Unfolding):
-        if factor.input.patches is not None:
+        if factor.input.patches is not None and factor.input.patches.by_sums(factor.g):
             return factor.input.patches.norms(factor.g)
         return torch.cat([squared_norms(part) for _, part in in_parts(factor)], 1)
     if factor.a is None:

@@ -7,7 +7,7 @@ which costs several times what is written to it; a few samples at a time go thro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,7 @@ def in_parts(factor: Any) -> Iterator[tuple[slice, Any]]:
         yield slice(None), factor
         return
     for start, stop in factor.input.ranges():
-        yield slice(start, stop), factor.samples(start, stop)
+        yield slice(start, stop), replace(factor, g=factor.g[:, start:stop], input=factor.input.part(start, stop))
 
 
 def smaller_formed(factor: Any) -> bool:

@@ -32,6 +32,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "one dimension": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 5, 3, stride=2, padding=1)),
     "three dimensions": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 3, 2, padding=(0, 1, 0))),
     "more outputs than positions": lambda: nn.Conv2d(4, 9, (6, 5)),
+    "few positions of many channels": lambda: nn.Conv2d(4, 100, (6, 5)),
     "used twice": lambda: Function(lambda m, x: m.c(m.c(x)) + m.c(x), c=nn.Conv2d(4, 4, 3, padding=1)),
     "frames of one sample": lambda: Function(
         lambda m, x: m.c(x.reshape(-1, 2, *x.shape[2:])).reshape(len(x), -1), c=nn.Conv2d(2, 3, 2)
@@ -169,6 +170,18 @@ def test_diagonals_from_images(
     truth = tc.reference.gauss_newton(model, loss_fn, data)
     close(torch.cat([d.flatten() for d in found.values()]), truth.diagonal())
     close(trace, truth.trace())
+
+
+def test_norms_over_pairs_where_positions_are_few() -> None:
+    """Counted multiply-adds decide: last layers of a residual network, the patches of a vision transformer."""
+    for S, O, C, kernel, sums in (
+        (1024, 32, 3, 3, True),
+        (64, 64, 64, 3, True),
+        (49, 512, 512, 3, False),
+        (196, 768, 3, 16, False),
+    ):
+        patches = Patches(torch.empty(1, C, 1, 1), [kernel, kernel, 1, 1, 0, 0, 1, 1, 1, S])
+        assert patches.by_sums(torch.empty(1, 1, S, O)) == sums
 
 
 def test_two_steps(small_parts: list[tuple[int, int]]) -> None:
