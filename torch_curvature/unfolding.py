@@ -52,8 +52,11 @@ class Unfolding:
         _, S, inputs = self.shape
         patches = Patches(self.patches.images[start:stop], self.patches.geometry)
         whole = partial(self.part, start, stop)
-        some = lambda first, last: self.part(start + first, start + last)  # noqa: E731
-        return Unfolding(torch.Size((stop - start, S, inputs)), some, whole, self.itemsize, patches)
+
+        def part(first: int, last: int) -> Tensor:
+            return self.part(start + first, start + last)
+
+        return Unfolding(torch.Size((stop - start, S, inputs)), part, whole, self.itemsize, patches)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """First sample and the one after the last of each part; enough samples in each for all threads."""

@@ -8,37 +8,12 @@
 // positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K], convolution_norms their
 // squared norms [V, N], convolution_diagonal sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
 //
-// A sample's input is padded once, and parted by the residues of its rows and columns modulo the stride: for every
-// place of the kernel, consecutive positions then see consecutive numbers, and a run over all positions in rows of the
-// padded width meets g with zeros in the gaps. So the numbers are read where they lie, a few channels at a time, and
-// multiply panels of g in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result
-// once.
+// The numbers of the input are read where they lie (convolution.h), a few channels at a time, and multiply panels of g
+// in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result once.
 #include "convolution.h"
 
 namespace torch_curvature::cpu {
 namespace {
-// sums[c] += sum_r tile[r][c]^2, the sums in registers.
-template <class T>
-CURVATURE_CLONES void add_squares(const T* tile, int64_t rows, int64_t cols, T* sums) {
-  constexpr int64_t W = kCols<T>, kPart = 8;
-  int64_t c = 0;
-  for (; c + kPart <= cols; c += kPart) {
-    T part[kPart];
-    for (int64_t k = 0; k < kPart; ++k) part[k] = sums[c + k];
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < kPart; ++k) part[k] += tile[r * W + c + k] * tile[r * W + c + k];
-    for (int64_t k = 0; k < kPart; ++k) sums[c + k] = part[k];
-  }
-  for (; c < cols; ++c)
-    for (int64_t r = 0; r < rows; ++r) sums[c] += tile[r * W + c] * tile[r * W + c];
-}
-
-// sums[k] += weight tile[k]^2
-template <class T>
-CURVATURE_CLONES void add_weighted_squares(const T* __restrict__ tile, T weight, T* __restrict__ sums) {
-  for (int64_t k = 0; k < kRows * kCols<T>; ++k) sums[k] += weight * tile[k] * tile[k];
-}
-
 template <class T>
 struct Problem {
   const T *g, *input;

@@ -39,11 +39,6 @@ CURVATURE_CLONES void square(A* x, int64_t count) {
   for (int64_t k = 0; k < count; ++k) x[k] *= x[k];
 }
 
-template <class A>
-CURVATURE_CLONES void add_squares(const A* __restrict__ tile, A w, A* __restrict__ sum) {
-  for (int64_t k = 0; k < kRows * kCols<A>; ++k) sum[k] += w * tile[k] * tile[k];
-}
-
 // A tile to its place in out [rows, cols], or in its transpose [cols, rows].
 template <class T, class A>
 void store(const A* tile, int64_t r0, int64_t c0, int64_t rows, int64_t cols, bool transposed, T* out) {
@@ -112,7 +107,7 @@ void many_positions(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
         for (int64_t q = q0; q < q1; ++q)
           for (int64_t r = 0; r < bands; ++r) {
             product.tile(r, q - q0, tile);
-            add_squares<A>(tile, w, sums + (q * bands + r) * kTileSize);
+            add_weighted_squares<A>(tile, w, sums + (q * bands + r) * kTileSize);
           }
       }
     }

@@ -73,6 +73,24 @@ CURVATURE_INLINE void packed_tile(TileProduct<A> product, const A* x, int64_t r,
           std::min(kRows, x_columns - r * kRows), panel_width<A>(y_columns, q), false);
 }
 
+// lanes[c] += sum_r x[r, c]^2 over the rows and columns of a tile that count.
+template <class A>
+CURVATURE_CLONES void add_squares(const A* __restrict__ x, int64_t rows, int64_t cols, A* __restrict__ lanes) {
+  A sum[kCols<A>] = {};
+  if (cols == kCols<A>)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < kCols<A>; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
+  else
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
+  for (int64_t c = 0; c < kCols<A>; ++c) lanes[c] += sum[c];
+}
+
+template <class A>
+CURVATURE_CLONES void add_weighted_squares(const A* __restrict__ tile, A w, A* __restrict__ sum) {
+  for (int64_t k = 0; k < kRows * kCols<A>; ++k) sum[k] += w * tile[k] * tile[k];
+}
+
 // Columns of a matrix [S, count]: `stride` apart, positions `step` apart.
 struct Columns {
   int64_t count, stride, step;

@@ -25,19 +25,6 @@ CURVATURE_CLONES A sum_of_squares(const T* x, int64_t count, int64_t stride) {
   return lanes[0] + tail;
 }
 
-// lanes[c] += sum_r x[r, c]^2 over the rows and columns of a tile that count.
-template <class A>
-CURVATURE_CLONES void add_squares(const A* __restrict__ x, int64_t rows, int64_t cols, A* __restrict__ lanes) {
-  A sum[kCols<A>] = {};
-  if (cols == kCols<A>)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < kCols<A>; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
-  else
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c) sum[c] += x[r * kCols<A> + c] * x[r * kCols<A> + c];
-  for (int64_t c = 0; c < kCols<A>; ++c) lanes[c] += sum[c];
-}
-
 template <class A>
 A total(const A* lanes) {
   A sum = 0;
