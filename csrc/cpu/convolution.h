@@ -77,7 +77,7 @@ CURVATURE_CLONES void pack_positions(const T* g, int64_t position, int64_t outpu
         T* to = out + y * width * W + o;
         int64_t x = 0;
         if constexpr (std::is_same_v<T, float>)
-          for (; o + 4 <= count && x + 4 <= columns; x += 4) transpose_four(from + x, output, to + x * W);
+          for (; o + 4 <= count && x + 4 <= columns; x += 4) transpose_four(from + x, output, to + x * W, W);
         for (; x < columns; ++x)
           for (int64_t k = 0; k < std::min<int64_t>(4, count - o); ++k) to[x * W + k] = from[x + k * output];
       }

@@ -16,11 +16,12 @@
 namespace torch_curvature::cpu {
 namespace {
 
-// B[k] = sum_v sign[v] g[v, o_k] g[v, p_k] for the pairs of a panel.
+// B[k] = sum_v sign[v] g[v, o_k] g[v, p_k] for the pairs of a panel, zero beyond them.
 template <class T, class A>
 CURVATURE_CLONES void products_of_columns(const T* g, int64_t gv, int64_t go, const T* sign, int64_t sv, int64_t V,
                                           const Pair* pairs, int64_t count, A* __restrict__ to) {
   const bool run = count == kRows && pairs[0].o == pairs[kRows - 1].o && go == 1;
+  for (int64_t c = 0; c < kRows; ++c) to[c] = A(0);
   for (int64_t v = 0; v < V; ++v, g += gv) {
     const A w = sign ? static_cast<A>(sign[v * sv]) : A(1);
     if (run) {
@@ -39,10 +40,10 @@ void by_pairs(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   using A = accumulate_t<T>;
   const JacobianSizes& s = J.size;
   const KroneckerProblem<T> problem{J.a, J.a, J.an, J.ai, J.an, J.ai, s.N, s.O, s.O, s.I, s.I, true, true, out};
-  kronecker<T>(problem, [&](const Pair* pairs, int64_t count, int64_t n, A* to) {
-    const T* g = J.g_at(0, n);
-    products_of_columns<T, A>(g, J.gv, J.go, sign.data ? sign.data + n * sign.n : nullptr, sign.v, s.V, pairs, count,
-                              to);
+  kronecker<T>(problem, [&](const Pair* pairs, int64_t count, A* to) {
+    for (int64_t n = 0; n < s.N; ++n)
+      products_of_columns<T, A>(J.g_at(0, n), J.gv, J.go, sign.data ? sign.data + n * sign.n : nullptr, sign.v, s.V,
+                                pairs, count, to + n * kRows);
   });
 }
 
@@ -230,7 +231,7 @@ bool pairs_cost_less(const JacobianSizes& s) {
   const double rows = V * P * (S + 16) + V * P * P / 2;
   if (S == 1) return s.I > 1 && P * P / 4 + V * O * O <= rows;
   double columns = 0;
-  for (const PairTile& t : pair_tiles(s.I, s.I, true)) columns += half * divide_up(t.columns(), kCols<A> / 2);
+  for (const PairTile& t : square_tiles(s.I)) columns += half * divide_up(t.columns(), kCols<A> / 2);
   const double pairs = kRows * double(divide_up(s.O * (s.O + 1) / 2, kRows)) * columns;
   return S * S * (1.4 * pairs + 8 * V * O * O) <= rows;
 }

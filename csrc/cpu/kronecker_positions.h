@@ -12,6 +12,16 @@
 
 namespace torch_curvature::cpu {
 
+constexpr int64_t kPanels = 16;  // panels of b of one task
+
+// Tiles of kEdge by kEdge inputs.
+inline std::vector<PairTile> square_tiles(int64_t I) {
+  std::vector<int64_t> bounds;
+  for (int64_t i = 0; i < I; i += kEdge) bounds.push_back(i);
+  bounds.push_back(I);
+  return pair_tiles(bounds, bounds, true);
+}
+
 struct Positions {
   int64_t s, t;
 };
@@ -126,7 +136,7 @@ CURVATURE_CLONES void scatter_halves(const A* plus, const A* minus, PairTile t, 
     }
   each_place(t, q, s, [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) {
     const auto& values = transposed == (rows.o != q.o) ? sum : difference;
-    place_tile(values[transposed], rows, columns, s.G, s.ld, s.add);
+    place_tile(values[transposed][0], kEdge, rows, columns, s.G, s.ld, s.add);
   });
 }
 
@@ -154,23 +164,22 @@ void kronecker_positions(const Jacobian<T>& J, const Sign<T>& sign, T* out) {
   constexpr int64_t W = kCols<A>, kTile = kRows * W, kDepth = 2048 / sizeof(A), kPacked = 1 << 25;
   const JacobianSizes& s = J.size;
   const KroneckerProblem<T> problem{J.a, J.a, J.an, J.ai, J.an, J.ai, s.N, s.O, s.O, s.I, s.I, true, true, out};
-  std::vector<Pair> pairs;
-  for (int64_t o = 0; o < s.O; ++o)
-    for (int64_t p = o; p < s.O; ++p) pairs.push_back({o, p});
-  const std::vector<PairTile> tiles = pair_tiles(s.I, s.I, true);
+  const std::vector<Pair> pairs = all_pairs(s.O, s.O, true);
+  const std::vector<PairTile> tiles = square_tiles(s.I);
   const Terms plus(s.S, false), minus(s.S, true);
   const int64_t terms = s.N * plus.each(), others = s.N * minus.each(), depth = std::min(terms, kDepth);
   const int64_t all = divide_up(pairs.size(), kRows);
-  const int64_t most = std::min(all, std::max<int64_t>(kRun, kPacked / (terms * kRows * sizeof(A))));
+  const int64_t most = std::min(all, std::max<int64_t>(kPanels, kPacked / (terms * kRows * sizeof(A))));
   const bool threads = double(s.N) * s.S * s.S * pairs.size() * s.I * s.I > kWorthThreads;
   Buffer<A> symmetric(most * terms * kRows), antisymmetric(most * others * kRows);
   for (int64_t first = 0; first < all; first += most) {
-    const int64_t panels = std::min(most, all - first), runs = divide_up(panels, kRun);
+    const int64_t panels = std::min(most, all - first), runs = divide_up(panels, kPanels);
     pack_columns<T, A>(J, sign, plus, first, panels, symmetric);
     pack_columns<T, A>(J, sign, minus, first, panels, antisymmetric);
     share_tasks(runs * static_cast<int64_t>(tiles.size()), threads, [&](int64_t task) {
       const PairTile& t = tiles[task / runs];
-      const int64_t k0 = task % runs * kRun, count = std::min(panels - k0, kRun), wide = divide_up(t.columns(), W);
+      const int64_t k0 = task % runs * kPanels, count = std::min(panels - k0, kPanels),
+                    wide = divide_up(t.columns(), W);
       Buffer<A> products(wide * depth * W), sums(2 * count * wide * kTile), lines(2 * wide * W);
       A* more = sums + count * wide * kTile;
       multiply_halves<T, A>(J, plus, t, symmetric + k0 * terms * kRows, count, depth, products, sums);

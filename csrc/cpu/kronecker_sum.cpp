@@ -34,10 +34,8 @@ void kronecker_into(const Tensor& b, const Tensor& a, const std::optional<Tensor
                                         !a2,
                                         symmetric,
                                         static_cast<T*>(out.data_ptr()) + k * each};
-      kronecker<T>(problem, [&](const Pair* pairs, int64_t count, int64_t n, A* to) {
-        const T* from = values + n * sb.core[0];
-        for (int64_t c = 0; c < count; ++c)
-          to[c] = static_cast<A>(from[pairs[c].o * sb.core[1] + pairs[c].p * sb.core[2]]);
+      kronecker<T>(problem, [&](const Pair* pairs, int64_t count, A* to) {
+        copy_pairs<T, A>(values, sb.core[0], sb.core[1], sb.core[2], pairs, count, s.N, to);
       });
     }
   });

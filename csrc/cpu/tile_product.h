@@ -25,6 +25,7 @@ struct Depth {
 #define CURVATURE_TILE_TARGET
 #define CURVATURE_TILE_BYTES 16
 #define CURVATURE_TILE_ROWS 4
+#define CURVATURE_TILE_TALL 4
 #include "tile_product_body.h"
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
@@ -32,17 +33,22 @@ struct Depth {
 #define CURVATURE_TILE_TARGET __attribute__((target("arch=x86-64-v3")))
 #define CURVATURE_TILE_BYTES 32
 #define CURVATURE_TILE_ROWS 4
+#define CURVATURE_TILE_TALL 4
 #include "tile_product_body.h"
 
 #define CURVATURE_TILE_NAME tile_v4
 #define CURVATURE_TILE_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
 #define CURVATURE_TILE_BYTES 64
 #define CURVATURE_TILE_ROWS 8
+#define CURVATURE_TILE_TALL 12
 #include "tile_product_body.h"
 #endif
 
 template <class A>
 using TileProduct = void (*)(const A*, int64_t, const A*, int64_t, Depth, A*, int64_t, int64_t, bool);
+template <class A>
+using TallProduct = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, bool);
+constexpr int64_t kTall = 12;  // most rows that a tall product holds in registers
 template <class A>
 using TileProductInPlace = void (*)(const A*, int64_t, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t);
 
@@ -70,6 +76,13 @@ TileProductInPlace<A> tile_product_in_place() {
   static const TileProductInPlace<A> best = CURVATURE_BEST(_in_place);
   return best;
 }
+
+// Any number of rows and all kCols columns: (a, lda, b, ldb, depth, c, rows, add).
+template <class A>
+TallProduct<A> tall_product() {
+  static const TallProduct<A> best = CURVATURE_BEST(_tall);
+  return best;
+}
 #undef CURVATURE_BEST
 
 // Panels [panels][depth][kCols] of a matrix [depth, columns] whose rows are contiguous, read row by row.
@@ -93,18 +106,33 @@ CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t dept
   }
 }
 
-// Four rows of four floats, transposed in registers of the smallest instruction set; to: kTo apart.
-template <int64_t kTo = kCols<float>>
-CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to) {
+// Four rows of four floats, transposed in registers of the smallest instruction set, to rows `apart`.
+CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to, int64_t apart) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   const Four a = *reinterpret_cast<const Four*>(x), b = *reinterpret_cast<const Four*>(x + stride),
              c = *reinterpret_cast<const Four*>(x + 2 * stride), d = *reinterpret_cast<const Four*>(x + 3 * stride);
   const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7),
              cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
   *reinterpret_cast<Four*>(to) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to + kTo) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  *reinterpret_cast<Four*>(to + 2 * kTo) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to + 3 * kTo) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to + apart) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to + 2 * apart) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to + 3 * apart) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+}
+
+// to[c apart + r] = x[r stride + c], four by four in registers where both are float32 and contiguous that far.
+template <class T, class A>
+CURVATURE_INLINE void transpose_all(const T* x, int64_t stride, int64_t rows, int64_t columns, A* __restrict__ to,
+                                    int64_t apart) {
+  int64_t r = 0;
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>)
+    for (; r + 4 <= rows; r += 4) {
+      int64_t c = 0;
+      for (; c + 4 <= columns; c += 4) transpose_four(x + r * stride + c, stride, to + c * apart + r, apart);
+      for (; c < columns; ++c)
+        for (int64_t k = r; k < r + 4; ++k) to[c * apart + k] = x[k * stride + c];
+    }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * apart + r] = static_cast<A>(x[r * stride + c]);
 }
 
 // out[k kCols + c] = x[c stride + k]: `count` rows that are contiguous along depth, in runs long enough for the
@@ -117,7 +145,7 @@ CURVATURE_INLINE void transpose_rows(const T* x, int64_t stride, int64_t count, 
     int64_t c = 0;
     if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>)
       for (; c + 4 <= count; c += 4) {
-        for (int64_t k = k0; k < whole; k += 4) transpose_four(x + c * stride + k, stride, out + k * W + c);
+        for (int64_t k = k0; k < whole; k += 4) transpose_four(x + c * stride + k, stride, out + k * W + c, W);
         for (int64_t k = whole; k < k1; ++k)
           for (int64_t r = c; r < c + 4; ++r) out[k * W + r] = static_cast<A>(x[k + r * stride]);
       }

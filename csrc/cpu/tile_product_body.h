@@ -10,28 +10,28 @@ CURVATURE_TILE_TARGET static inline void CURVATURE_JOIN(CURVATURE_TILE_NAME,
   constexpr int64_t L = CURVATURE_TILE_BYTES / sizeof(A);
   Vector sum[R][W];
   int64_t at[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     at[r] = InPlace ? offsets[r] : r;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int w = 0; w < W; ++w) sum[r][w] = Vector{};
   }
   auto step = [&](const A* x, const A* y) __attribute__((always_inline)) CURVATURE_TILE_TARGET {
     Vector right[W];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int w = 0; w < W; ++w) right[w] = *reinterpret_cast<const Vector*>(y + w * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int w = 0; w < W; ++w) sum[r][w] += x[InPlace ? at[r] : r] * right[w];
   };
   if (!InPlace && depth.index)
     for (int64_t k = 0; k < depth.count; ++k) step(a + k * lda, b + depth.index[k] * ldb);
   else
     for (int64_t k = 0; k < depth.count; ++k) step(a + k * lda, b + k * ldb);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int w = 0; w < W; ++w) {
       Vector& place = *reinterpret_cast<Vector*>(c + r * kCols<A> + w * L);
       place = add ? place + sum[r][w] : sum[r][w];
@@ -75,6 +75,39 @@ CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _in_place)(const 
   CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)<A, true>(a, lda, stride, b, ldb, {depth}, c, rows, cols, false);
 }
 
+// Any number of rows, the same depth for all: in the fewest blocks that registers hold, none of them with rows to
+// spare.
+template <class A>
+CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _tall)(const A* a, int64_t lda, const A* b, int64_t ldb,
+                                                                      int64_t depth, A* c, int64_t rows, bool add) {
+  for (int64_t q = 0; q < kCols<A>; q += 2 * CURVATURE_TILE_BYTES / sizeof(A))
+    for (int64_t r = 0; r < rows; r += CURVATURE_TILE_TALL) {
+#define CURVATURE_TILE_CASE(height)                                                                            \
+  case height:                                                                                                 \
+    CURVATURE_JOIN(CURVATURE_TILE_NAME, _block)<A, height, 2, false>(a + r, lda, nullptr, b + q, ldb, {depth}, \
+                                                                     c + r * kCols<A> + q, add);               \
+    break;
+      switch (std::min<int64_t>(CURVATURE_TILE_TALL, rows - r)) {
+        CURVATURE_TILE_CASE(1)
+        CURVATURE_TILE_CASE(2)
+        CURVATURE_TILE_CASE(3)
+        CURVATURE_TILE_CASE(4)
+#if CURVATURE_TILE_TALL > 4
+        CURVATURE_TILE_CASE(5)
+        CURVATURE_TILE_CASE(6)
+        CURVATURE_TILE_CASE(7)
+        CURVATURE_TILE_CASE(8)
+        CURVATURE_TILE_CASE(9)
+        CURVATURE_TILE_CASE(10)
+        CURVATURE_TILE_CASE(11)
+        CURVATURE_TILE_CASE(12)
+#endif
+      }
+#undef CURVATURE_TILE_CASE
+    }
+}
+
+#undef CURVATURE_TILE_TALL
 #undef CURVATURE_TILE_NAME
 #undef CURVATURE_TILE_TARGET
 #undef CURVATURE_TILE_BYTES
