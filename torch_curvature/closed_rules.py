@@ -51,20 +51,27 @@ class ClosedRules:
         return Factor(g.unsqueeze(2), a, self.parameters[name].shape, recorded.transposed)
 
     def _rows(self, recorded: RecordedUse, derivative: Tensor) -> Tensor:
-        """g of one use, [V, R, s, O]."""
+        """The derivative at an output by rows, [V, R, *F]."""
         batch_axes = recorded.use.batch_axes
         dz = derivative.to(working_dtype(derivative.dtype))
-        if batch_axes != 1:
-            dz = dz.reshape(dz.shape[0], -1, *dz.shape[1 + batch_axes :])
-        return dz.unsqueeze(2) if recorded.use.gradient is None else recorded.use.gradient(dz)
+        return dz if batch_axes == 1 else dz.reshape(dz.shape[0], -1, *dz.shape[1 + batch_axes :])
+
+    def _arranged(self, index: int, dz: Tensor) -> Tensor:
+        """g of one use [V, N, S, O], S = 1 where a = 1."""
+        recorded, layout, N = self.captured.record.uses[index], self.plan.layouts[index], self.captured.samples
+        use = recorded.use
+        if use.summed is not None and layout.in_order:
+            found = use.summed(dz, N)
+            if found is not None:
+                return found
+        rows = dz.unsqueeze(2) if use.gradient is None else use.gradient(dz)
+        g = layout.arrange(rows, recorded.output_shape[: use.batch_axes], N, 1)
+        return g.sum(2, keepdim=True) if use.activation is None and g.shape[2] > 1 else g
 
     def _gradient(self, index: int, derivative: Tensor) -> Tensor:
         """g of one use in the normal form [V, N, S, O], without S where a = 1."""
         recorded = self.captured.record.uses[index]
-        batch_shape = recorded.output_shape[: recorded.use.batch_axes]
-        g = self.plan.layouts[index].arrange(self._rows(recorded, derivative), batch_shape, self.captured.samples, 1)
-        if recorded.use.activation is None and g.shape[2] > 1:
-            g = g.sum(2, keepdim=True)
+        g = self._arranged(index, self._rows(recorded, derivative))
         inputs = 1
         if recorded.use.activation is not None:
             inputs = recorded.numel // g.shape[3]

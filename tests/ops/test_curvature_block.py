@@ -20,6 +20,9 @@ SIZES = [
     (1, 1, 1, 1, 1, 1),
     (600, 18, 20, 10, 7, 20),
     (300, 4, 33, 9, 40, 30),
+    (140, 5, 65, 7, 43, 64),  # ranges of inputs, several chunks of samples
+    (70, 17, 11, 6, 25, 10),
+    (33, 3, 24, 35, 12, 24),
     (0, 3, 4, 2, 3, 2),
 ]
 
@@ -115,7 +118,8 @@ def test_two_layers(size: tuple[int, ...], second_term: bool, add: bool) -> None
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "size", [(5, 3, 4), (600, 9, 17), (9, 17, 33), (4, 1, 3), (300, 4, 40), (7, 3, 41), (70, 9, 1), (0, 2, 3)]
+    "size",
+    [(5, 3, 4), (600, 9, 17), (9, 17, 33), (4, 1, 3), (300, 4, 40), (7, 3, 41), (70, 9, 1), (0, 2, 3), (1200, 2, 90)],
 )
 def test_one_layer(size: tuple[int, int, int], kind: str, add: bool) -> None:
     N, O, I = size

@@ -7,24 +7,51 @@ gained by an outer product, so both are given directly (a = 1).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.routing import takes_helpers
 from .rules import Use, register_rule, rows
+
+_normalised_sums = torch.ops.torch_curvature.normalised_sums.default._op
 
 
 def trailing(
-    output: Tensor, axes: int, normalised: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
+    output: Tensor,
+    axes: int,
+    normalised: Callable[[], Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    summed: Callable[[Tensor, int], Tensor | None],
 ) -> Iterator[Use]:
     """Affine parameters over the last ``axes`` axes (layer and root-mean-square normalisation)."""
     batch_axes = output.dim() - axes
     if weight is not None:
         yield Use(
-            weight, batch_axes, lambda dz: (dz * rows(normalised(), batch_axes).to(dz.dtype)).flatten(2).unsqueeze(2)
+            weight,
+            batch_axes,
+            lambda dz: (dz * rows(normalised(), batch_axes).to(dz.dtype)).flatten(2).unsqueeze(2),
+            summed=summed,
         )
     if bias is not None:
         yield Use(bias, batch_axes, lambda dz: dz.flatten(2).unsqueeze(2))
+
+
+def sums_of_rows(
+    input: Tensor, shape: Sequence[int], eps: float | None, centred: bool, dz: Tensor, samples: int
+) -> Tensor | None:
+    """``sum_s dz * x_hat`` [V, N, 1, O] for ``dz [V, R, *shape]``, in one pass of a helper of the CPU."""
+    features = torch.Size(shape).numel()
+    g, x = dz.reshape(*dz.shape[:2], features), input.detach().reshape(-1, features)
+    if not (takes_helpers(g) and takes_helpers(x)) or g.dtype != x.dtype or features == 0:
+        return None
+    if g.stride(2) != 1 or x.stride(1) != 1 or g.shape[1] != x.shape[0]:
+        return None
+    found: Tensor = _normalised_sums(g, x, samples, torch.finfo(x.dtype).eps if eps is None else eps, centred)
+    return found.unsqueeze(2)
 
 
 def channelwise(
@@ -47,7 +74,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Iterator[Use]:
     shape = list(normalized_shape)
-    return trailing(output, len(shape), lambda: F.layer_norm(input, shape, None, None, eps), weight, bias)
+    normalised, summed = partial(F.layer_norm, input, shape, eps=eps), partial(sums_of_rows, input, shape, eps, True)
+    return trailing(output, len(shape), normalised, weight, bias, summed)
 
 
 @register_rule(F.rms_norm)
@@ -59,7 +87,8 @@ def rms_norm(
     eps: float | None = None,
 ) -> Iterator[Use]:
     shape = list(normalized_shape)
-    return trailing(output, len(shape), lambda: F.rms_norm(input, shape, None, eps), weight, None)
+    normalised, summed = partial(F.rms_norm, input, shape, eps=eps), partial(sums_of_rows, input, shape, eps, False)
+    return trailing(output, len(shape), normalised, weight, None, summed)
 
 
 @register_rule(F.group_norm)

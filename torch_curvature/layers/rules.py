@@ -37,6 +37,8 @@ class Use:
         gradient: maps a derivative with respect to z, [V, R, *F], to g [V, R, s, O]; None where F is (O,).
         activation: gives a [R, s, I], or integers [R, s] where a is one-hot (negative: no row at all); None for
             a = 1 with I = 1: then g is the Jacobian, O counts the entries of the parameter.
+        summed: ``gradient`` where a = 1 and the rows of each of N samples follow one another, summed over them:
+            (dz, N) -> [V, N, 1, O], or None where it must be done otherwise.
         part: gives a of some rows only, where it is much larger than what it is made from.
         patches: says what a consists of where it is the patches of images.
         transposed: the parameter is stored as [I, O] instead of [O, I].
@@ -51,6 +53,7 @@ class Use:
     is_lookup: bool = False
     part: Callable[[slice], Tensor] | None = None
     patches: Callable[[], Patches] | None = None
+    summed: Callable[[Tensor, int], Tensor | None] | None = None
 
 
 FUNCTION_RULES: dict[Callable[..., Any], Rule] = {}
