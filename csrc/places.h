@@ -26,10 +26,12 @@ inline Places check_places(const char* op, const char* name, const Sizes& given,
   return x;
 }
 
-// curvature_block: m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2], D <= I, into out [P, P]
+// curvature_block: m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2], D <= I, or its diagonal [N, O2], into
+// out [P, P]
 struct BlockSizes {
   int64_t N, O, O2, I, I2, D;
   Places rows, columns;
+  bool diagonal = false;  // d[n, i, p] is zero but for i = p
 };
 inline BlockSizes check_curvature_block(const Tensor& m, const Tensor& a, const std::optional<Tensor>& a2,
                                         const std::optional<Tensor>& g, const std::optional<Tensor>& d,
@@ -59,14 +61,15 @@ inline BlockSizes check_curvature_block(const Tensor& m, const Tensor& a, const 
     check_alike(op, {"m", m}, {"g", *g});
     check_alike(op, {"m", m}, {"d", *d});
     check_exact_rank(op, {"g", *g}, 2, "N, O");
-    check_exact_rank(op, {"d", *d}, 3, "N, D, O2");
+    s.diagonal = d->dim() == 2;
+    if (!s.diagonal) check_exact_rank(op, {"d", *d}, 3, "N, D, O2");
     check_size(op, {"g", *g}, 0, s.N, "N", {"m", m});
     check_size(op, {"g", *g}, 1, s.O, "O", {"m", m});
     check_size(op, {"d", *d}, 0, s.N, "N", {"m", m});
-    check_size(op, {"d", *d}, 2, s.O2, "O2", {"m", m});
+    check_size(op, {"d", *d}, s.diagonal ? 1 : 2, s.O2, "O2", {"m", m});
     s.D = d->size(1);
-    CURVATURE_CHECK(s.D <= s.I, op, ": 'd' has shape ", shape_text(*d), ", but its axis -2 must be at most ", s.I,
-                    " (I) like that of 'a' ", shape_text(a), ".");
+    CURVATURE_CHECK(s.D <= s.I, op, ": 'd' has shape ", shape_text(*d), ", but its axis ", s.diagonal ? "-1" : "-2",
+                    " must be at most ", s.I, " (I) like that of 'a' ", shape_text(a), ".");
   }
   s.rows = check_places(op, "rows", rows, s.O, s.I, out.size(0));
   s.columns = a2 ? check_places(op, "columns", columns, s.O2, s.I2, out.size(0)) : s.rows;

@@ -79,7 +79,8 @@ class HessianChain:
                 if curved:
                     result.hessians[edge, edge] = next(found).transpose(0, 1)
                 for mark in columns:
-                    values = next(found).transpose(0, 1)
+                    values = next(found)
+                    values = values if values.dim() == 2 else values.transpose(0, 1)
                     if not isinstance(mark, tuple):
                         result.hessians[mark, edge] = values
                         continue

@@ -58,12 +58,17 @@ class Pushed:
     Attributes:
         gradients: {edge: [1, N, Z]}.
         hessians: {(edge, an earlier one or itself): [N, Z_edge, Z_other]}; left out where it vanishes identically.
-        inputs: {use: {earlier edge: [N, I, Z]}}: the derivative of the layer's input.
+        inputs: {use: {earlier edge: [N, I, Z]}}: the derivative of the layer's input; or, where it is diagonal, [N, Z].
     """
 
     gradients: dict[int, Tensor] = field(default_factory=dict)
     hessians: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+def whole(derivative: Tensor | None) -> Tensor | None:
+    """A layer input's derivative [N, I, Z], whether only the diagonal [N, Z] is given or not."""
+    return derivative if derivative is None or derivative.dim() == 3 else torch.diag_embed(derivative)
 
 
 def cost(steps: Iterable[tuple[int, bool, Sequence[int]]], pairs: bool, live: int) -> tuple[float, float, float]:

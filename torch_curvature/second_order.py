@@ -15,7 +15,7 @@ from .joining import one_hot
 from .layers.linear import positions_last
 from .node_columns import VIEWS
 from .plan import TOLERANCE, working_dtype
-from .second_nodes import Frontier, Pushed, frontier
+from .second_nodes import Frontier, Pushed, frontier, whole
 from .second_passes import SecondPasses
 
 Way = Callable[[], "HessianChain | Frontier | None"]
@@ -211,7 +211,7 @@ class SecondOrder(SecondPasses):
                 if node.edge == edge:
                     moved = self.input_derivatives(node, edges[:place])
                     ours = found.inputs.get(node.index, {})
-                    pairs += [(ours.get(other), moved.get(other)) for other in edges[:place]]
+                    pairs += [(whole(ours.get(other)), moved.get(other)) for other in edges[:place]]
         tolerance = TOLERANCE[self.captured.outputs.dtype]
         largest = max((float(b.norm()) for _, b in pairs if b is not None), default=0.0)
         for a, b in pairs:

@@ -4,7 +4,8 @@
 //   value[(o, i), (p, j)] = sum_n (m[n, o, p] a[n, i] + g[n, o] d[n, i, p]) a2[n, j]
 //   out[row(o, i), column(p, j)] (+)= value,   out[column(p, j), row(o, i)] (+)= value
 //
-// Shapes: m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2] (zero for inputs i >= D), out [P, P]. Second
+// Shapes: m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2] (zero for inputs i >= D) or only
+// its diagonal [N, O2], out [P, P]. Second
 // derivatives of a loss by the weights of z = W a, given those by the z: m by both, d = da / dz2, g by z alone.
 //
 // How: two_layers.h. Without a2 it is the block of one layer with itself: only the pairs o <= p and i <= j are
@@ -70,7 +71,8 @@ void curvature_block(const Tensor& m, const Tensor& a, std::optional<Tensor> a2,
     if (!add) write_zeros(z, !a2, out);
     return;
   }
-  const auto sm = strided<3>(m, {}), sd = strided<3>(d && z.D ? *d : m, {});
+  const auto sm = strided<3>(m, {}), sd = strided<3>(d && z.D && !z.diagonal ? *d : m, {});
+  const auto diagonal = strided<2>(d && z.diagonal ? *d : a, {});
   const auto sa = strided<2>(a, {}), sa2 = strided<2>(a2 ? *a2 : a, {}), sg = strided<2>(g ? *g : a, {});
   dispatch_floating(m.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -83,7 +85,9 @@ void curvature_block(const Tensor& m, const Tensor& a, std::optional<Tensor> a2,
                                            sa.template data<T>(),
                                            sa2.template data<T>(),
                                            moves ? sg.template data<T>() : nullptr,
-                                           moves ? sd.template data<T>() : nullptr,
+                                           !moves       ? nullptr
+                                           : z.diagonal ? diagonal.template data<T>()
+                                                        : sd.template data<T>(),
                                            sm.core[0],
                                            sm.core[1],
                                            sm.core[2],
@@ -93,9 +97,9 @@ void curvature_block(const Tensor& m, const Tensor& a, std::optional<Tensor> a2,
                                            sa2.core[1],
                                            sg.core[0],
                                            sg.core[1],
-                                           sd.core[0],
-                                           sd.core[1],
-                                           sd.core[2],
+                                           z.diagonal ? diagonal.core[0] : sd.core[0],
+                                           z.diagonal ? 0 : sd.core[1],
+                                           z.diagonal ? diagonal.core[1] : sd.core[2],
                                            z,
                                            to,
                                            out.stride(0),

@@ -13,7 +13,8 @@
 //   kind 4: an input a of a layer, after the step through it; no operand
 // Result, at every step of kind 3: dL/dz [N, Z]; d2L/dz dz [Z, N, Z] where it does not vanish identically, symmetric to
 // the bit behind the first dense step; and, with `pairs`, columns [K, N, Z] of all steps of kind 3 and 4 before, in
-// their order: d2L/dz' dz (left out where d2L/dz' dz' was), da/dz.
+// their order: d2L/dz' dz (left out where d2L/dz' dz' was), da/dz; of the latter, with no dense layer between, only the
+// diagonal [N, Z].
 //
 // Samples are taken kCols at a time, next to one another in panels [F][kCols]: a matrix is a panel for each row, and
 // stays in the second cache. Of W^T H W half of the second product is formed and mirrored. Flops a sample and dense
@@ -79,7 +80,7 @@ struct Chain {
       } else if (step.kind == kInput) {
         std::fill_n(claim(step.width, true).data, step.width * W, T(1));
       } else if (step.kind == kKeep) {
-        store(step, c, H, found, n0, count, spare);
+        store(step, c, H, found, n0, count);
       } else {
         pack(step.x, step.width, s);
         if (step.bend.data) pack(step.bend, step.width, bend);
@@ -134,20 +135,13 @@ struct Chain {
   }
 
   void store(const Step<T>& step, const T* c, const Matrix<T>& H, const std::vector<Matrix<T>>& found, int64_t n0,
-             int64_t count, T* spare) const {
-    constexpr int64_t W = kCols<T>;
+             int64_t count) const {
     unpack<T>(c, step.width, count, step.out[0] + n0 * step.width);
     size_t k = 1;
     auto rows = [&](const Matrix<T>& x) {
       T* to = step.out[k++] + n0 * step.width;
-      for (int64_t r = 0; r < x.rows; ++r, to += N * step.width) {
-        if (!x.diagonal) {
-          unpack<T>(x.row(r), step.width, count, to);
-          continue;
-        }
-        std::fill_n(to, count * step.width, T(0));
-        for (int64_t n = 0; n < count; ++n) to[n * step.width + r] = x.data[r * W + n];
-      }
+      for (int64_t r = 0; r < (x.diagonal ? 1 : x.rows); ++r, to += N * step.width)
+        unpack<T>(x.row(r), step.width, count, to);
     };
     if (step.curved) rows({H.data, step.width, H.stride, false});
     for (const Matrix<T>& x : found) rows(x);
@@ -165,7 +159,7 @@ class Reader {
     Chain<T> chain{matrix(slope_), {}, 0, slope_.size(0), slope_.size(1), slope_.size(1), 0, pairs, {}, nullptr};
     int64_t width = chain.width, packed = 0;
     bool curved = start.has_value(), kept = false;
-    std::vector<int64_t> rows;  // of columns so far
+    std::vector<Columns> columns;  // so far
     if (start) chain.start = {static_cast<const T*>(start->data_ptr()), start->stride(1), start->stride(2)};
     if (start) chain.start_column = start->stride(0);
     for (const int64_t kind : kinds) {
@@ -175,18 +169,19 @@ class Reader {
       if (kind == kKeep) {
         step.out.push_back(result({chain.N, width}));
         if (curved) step.out.push_back(result({width, chain.N, width}));
-        for (const int64_t K : rows) step.out.push_back(result({K, chain.N, width}));
+        for (const Columns& x : columns)
+          step.out.push_back(result(x.diagonal ? Sizes{chain.N, width} : Sizes{x.rows, chain.N, width}));
       } else if (kind == kInput) {
         const bool after = !chain.steps.empty() && chain.steps.back().kind == kDense;
         CURVATURE_CHECK(after && pairs, kOp, ": an input of a layer must follow the layer, with 'pairs'.");
-        rows.push_back(width);
+        columns.push_back({width, true});
       } else if (kind == kDense) {
         const Tensor& x = operand(width, -1);
         step.x = matrix(x), step.next = x.size(1);
         packed += panels<T>(step.next) * width * kCols<T>;
-        if (kept && pairs && curved) rows.push_back(width);
+        if (kept && pairs && curved) columns.push_back({width, false});
         double lines = curved ? 1.5 * width + 0.5 * step.next : 1;
-        for (const int64_t K : rows) lines += K;
+        for (Columns& x : columns) lines += x.rows, x.diagonal = false;
         work += lines * width * step.next;
       } else {
         step.x = matrix(operand(chain.N, width));
@@ -198,11 +193,15 @@ class Reader {
       chain.steps.push_back(std::move(step));
     }
     CURVATURE_CHECK(k_ == operands_.size(), kOp, ": there are more operands than the steps need.");
-    for (const int64_t K : rows) chain.columns += K;
+    for (const Columns& x : columns) chain.columns += x.rows;
     return chain;
   }
 
  private:
+  struct Columns {
+    int64_t rows;
+    bool diagonal;
+  };
   static constexpr const char* kOp = "dense_chain_hessians";
   static Operand<T> matrix(const Tensor& x) { return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1)}; }
   T* result(const Sizes& sizes) {

@@ -21,6 +21,7 @@ void curvature_block(const Tensor& m, const Tensor& a, std::optional<Tensor> a2,
                      std::optional<Tensor> d, std::vector<int64_t> rows, std::vector<int64_t> columns, bool add,
                      Tensor out) {
   const BlockSizes s = check_curvature_block(m, a, a2, g, d, rows, columns, out);
+  CURVATURE_CHECK(!s.diagonal, "curvature_block: 'd' must be [N, D, O2] on CUDA.");
   check_counts({s.N, s.O, s.O2, s.I, s.I2});
   if (s.O * s.I * s.O2 * s.I2 == 0 || (s.N == 0 && add)) return;
   const OnDevice here(m);

@@ -17,7 +17,7 @@ from tests.engine.test_chains import EVERY, LEFT
 from tests.engine.test_matrices import close, part
 from torch_curvature import chain_hessians, reference, second_order
 from torch_curvature.chain_hessians import hessian_chain
-from torch_curvature.second_nodes import Frontier, Pushed
+from torch_curvature.second_nodes import Frontier, Pushed, whole
 from torch_curvature.second_order import SecondOrder
 
 dense_chain_hessians = torch.ops.torch_curvature.dense_chain_hessians
@@ -54,7 +54,7 @@ def same(ours: Pushed, theirs: Pushed, slack: float) -> None:
     }
     pairs = [(ours.gradients[e], theirs.gradients[e]) for e in theirs.gradients]
     pairs += [(ours.hessians[e], theirs.hessians[e]) for e in theirs.hessians]
-    pairs += [(ours.inputs[use][e], d) for use, found in theirs.inputs.items() for e, d in found.items()]
+    pairs += [(whole(ours.inputs[use][e]), d) for use, found in theirs.inputs.items() for e, d in found.items()]
     for a, b in pairs:
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= slack * (float(b.abs().max()) + 1e-30)

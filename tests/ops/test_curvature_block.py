@@ -115,6 +115,28 @@ def test_two_layers(size: tuple[int, ...], second_term: bool, add: bool) -> None
         torch.testing.assert_close(again[j][:, i], block.T, rtol=1e-12, atol=1e-12)
 
 
+DIAGONALS = [(5, 3, 4, 2, 3), (9, 5, 17, 16, 9), (140, 4, 33, 32, 17), (70, 17, 11, 11, 25), (6, 2, 40, 1, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", DIAGONALS)
+def test_diagonal_second_term(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As if d were given in full."""
+    N, O, I, O2, I2 = size
+    m, a, a2, g, _ = inputs((*size, 0), dtype)
+    diagonal = torch.randn(O2, N, dtype=torch.float64).to(dtype).T
+    rows, end = places("bias behind", O, I, 0)
+    columns, end = places("weight", O2, I2, end)
+    out = torch.zeros(end, end, dtype=dtype)
+    curvature_block(out, m, a, a2, g=g, d=diagonal, rows=rows, columns=columns)
+    full = [t.double() for t in (m, a, a2, g, torch.diag_embed(diagonal))]
+    block, size_of_terms = value(*full), value(*(t.abs() for t in full))
+    error = (out[index(rows, O, I)][:, index(columns, O2, I2)].double() - block).abs()
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 8 * N**0.5
+    assert bool((error <= eps * size_of_terms + torch.finfo(dtype).eps * block.abs()).all())
+    assert torch.equal(out, out.T)
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -196,6 +218,13 @@ def _call(**changed: object) -> Tensor:
         ({"g": torch.randn(5, 2).double()}, RuntimeError, r"'g' has shape \[5, 2\].* must be 3 \(O\)"),
         ({"g": None}, RuntimeError, "'d' is given without 'g'"),
         ({"d": torch.randn(5, 5, 2).double()}, RuntimeError, r"'d' has shape \[5, 5, 2\].* at most 4 \(I\)"),
+        ({"d": torch.randn(5, 3).double()}, RuntimeError, r"'d' has shape \[5, 3\].* must be 2 \(O2\)"),
+        ({"d": torch.randn(4, 2).double()}, RuntimeError, r"'d' has shape \[4, 2\].* must be 5 \(N\)"),
+        (
+            {"a": torch.randn(5, 1).double(), "d": torch.randn(5, 2).double()},
+            RuntimeError,
+            r"axis -1 .*at most 1 \(I\)",
+        ),
         ({"a2": None}, ValueError, "'columns' is given without 'a2'"),
         ({"columns": None}, ValueError, "'a2' is given without 'columns'"),
         ({"rows": Places(7, 4, 1)}, RuntimeError, r"'rows' = \[7, 4, 1, -1\].*outside 'out'"),

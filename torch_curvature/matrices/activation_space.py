@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..second_nodes import Pushed
+from ..second_nodes import Pushed, whole
 from ..second_order import Node, SecondOrder
 from .expansion import pair_block
 from .layers import Layer, layer_of
@@ -109,7 +109,7 @@ class Contributions:
             for other in earlier:
                 if node.edge == other.edge and other.index > node.index:
                     continue
-                D = moved.get(node.index, {}).get(other.edge)
+                D = whole(moved.get(node.index, {}).get(other.edge))
                 cross = None
                 if D is not None and g is not None:
                     cross = self.second.through_rule(node, g)[0], self._right(other, D)

@@ -74,12 +74,12 @@ class SymmetricSum:
 
         Args:
             M: [N, O, O2], second derivatives by both outputs.
-            cross: g [N, O] of the later layer, D [N, I, O2].
+            cross: g [N, O] of the later layer, D [N, I, O2] or its diagonal [N, O2].
         """
         if M is None and cross is None:
             return
         if M is None and cross is not None:
-            M = cross[1].new_zeros(()).expand(*cross[0].shape, cross[1].shape[2])
+            M = cross[1].new_zeros(()).expand(*cross[0].shape, cross[1].shape[-1])
         assert M is not None
         if self.total is None:
             self.total = large_matrix(self.size, self.size, self.like)

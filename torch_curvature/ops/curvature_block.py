@@ -63,7 +63,8 @@ def curvature_block(
         out: [P, P], its last axis contiguous.
         m: [N, O, O2]; where a2 is left out every m[n] is symmetric, and only its upper triangle is read.
         a, a2: [N, I] inputs of the later layer, [N, I2] of the earlier one.
-        g, d: [N, O], [N, D, O2] with D <= I: inputs i >= D (a column of ones) do not depend on z2. Both or neither.
+        g, d: [N, O], [N, D, O2] with D <= I: inputs i >= D (a column of ones) do not depend on z2. Both or neither. Of
+            a d that is diagonal, as an elementwise function between the layers makes it, only the diagonal [N, O2].
         rows, columns: where the entries (o, i) and (p, j) are in ``out``. The two must not overlap; ``columns`` is
             left out together with ``a2``.
         add: to what ``out`` holds; else it is written over.
@@ -84,6 +85,8 @@ def curvature_block(
         present, absent = ("columns", "a2") if a2 is None else ("a2", "columns")
         raise ValueError(f"curvature_block: '{present}' is given without '{absent}'. Give both, or neither.")
     check_tensors("curvature_block", **tensors)
+    if d is not None and d.dim() == 2 and d.device.type != "cpu":
+        d = torch.diag_embed(d)
     if m.device.type in KERNELS:
         _kernel(m, a, a2, g, d, rows.numbers(), [] if columns is None else columns.numbers(), add, out)
         return out
