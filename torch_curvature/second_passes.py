@@ -61,6 +61,7 @@ class SecondPasses:
         self.dtype = working_dtype(max(dtypes, key=lambda dtype: dtype.itemsize))  # of all that is contracted
         self.cotangent = (bound.gradient() * scale).to(outputs.dtype).detach().requires_grad_()
         self._places: dict[int, Tensor | None] = {}
+        self._widths: dict[int, int] = {}
         # All columns at once; a way that fails is not tried again.
         self._ways: list[Callable[..., Sequence[Tensor | None]]] = [_mapped, partial(_backward, batched=True)]
 
@@ -170,7 +171,9 @@ class SecondPasses:
 
     def width(self, edge: int) -> int:
         """Entries of a layer's output that belong to one sample."""
-        return int(self._shape(edge).numel()) // self.captured.samples
+        if edge not in self._widths:
+            self._widths[edge] = self._shape(edge).numel() // self.captured.samples
+        return self._widths[edge]
 
     def _shape(self, edge: int) -> torch.Size:
         return next(u.output_shape for u in self.captured.record.uses if u.edge == edge)

@@ -126,7 +126,7 @@ class Contributions:
         found = {}
         for edge, nodes in at.items():
             shape = self.second.captured.samples, self.second.width(edge)
-            layer = layer_of(nodes, names, starts, group.like.new_empty(()).expand(shape))
+            layer = layer_of(nodes, names, starts, group.like, shape)
             if layer is not None:
                 found[edge] = layer
         return found

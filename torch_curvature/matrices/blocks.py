@@ -96,7 +96,7 @@ class Group:
                 continue
             bias = next((n for n, b in free.items() if _same(b.g, f.g) and self.sizes[n] == f.outputs), None)
             place = None if bias is None else self.starts[bias]
-            a, places = joined(a, start, place, f.transposed, f.g[0, :, 0])
+            a, places = joined(a, start, place, f.transposed, f.g, (f.g.shape[1], f.g.shape[3]))
             names = (name,) if bias is None else (name, bias)
             if bias is not None:
                 del free[bias]

@@ -29,20 +29,21 @@ class Layer:
 
 
 def joined(
-    a: Tensor | None, weight: int | None, bias: int | None, transposed: bool, like: Tensor
+    a: Tensor | None, weight: int | None, bias: int | None, transposed: bool, like: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Places]:
     """Input [N, I] and places of a layer whose weight and bias start there in a matrix.
 
     Args:
         a: [N, I] input of the weight, None where there is a bias alone.
         transposed: the weight is stored as [I, O].
-        like: of the shape of the layer's output, [N, O].
+        like: of the matrix's dtype.
+        shape: [N, O] of the layer's output.
     """
     if a is None or weight is None:
         assert bias is not None
-        return like.new_ones(like.shape[0], 1), Places(bias, 1, 1)
+        return like.new_ones(shape[0], 1), Places(bias, 1, 1)
     inputs = a.shape[1]
-    per_output, per_input = (1, like.shape[1]) if transposed else (inputs, 1)
+    per_output, per_input = (1, shape[1]) if transposed else (inputs, 1)
     if bias is None:
         return a, Places(weight, per_output, per_input)
     with_ones = a.new_empty(a.shape[0], inputs + 1)
@@ -51,13 +52,16 @@ def joined(
     return with_ones, Places(weight, per_output, per_input, bias)
 
 
-def layer_of(nodes: Sequence[Node], used: Iterable[str], start: dict[str, int], like: Tensor) -> Layer | None:
+def layer_of(
+    nodes: Sequence[Node], used: Iterable[str], start: dict[str, int], like: Tensor, shape: tuple[int, int]
+) -> Layer | None:
     """The uses at one edge as a layer; None where one of them has several positions, or a parameter several uses.
 
     Args:
         used: the parameters' names, once for every use of them.
         start: of each parameter in the matrix.
-        like: of the shape of the output, [N, O].
+        like: of the matrix's dtype.
+        shape: [N, O] of the output.
     """
     counts = list(used)
     weights = [node for node in nodes if node.a is not None]
@@ -74,5 +78,6 @@ def layer_of(nodes: Sequence[Node], used: Iterable[str], start: dict[str, int], 
         None if bias is None else start[bias.name],
         weight is not None and weight.transposed,
         like,
+        shape,
     )
     return Layer(tuple(node.name for node in (weight, bias) if node is not None), a, places, weight)
