@@ -85,9 +85,10 @@ class TwoLayersWorker {
                : z.diagonal ? y_ + (p - p0) * z.N
                             : y_ + (q - q0) * W);
       std::swap(now_, before_);
-      tile_ = t, o0_ = o0, outputs_ = o1 - o0, p0_ = p;
-      const int64_t each = outputs * static_cast<int64_t>(bounds_.size() - 1);
-      waiting_.begin(outputs_ * each, [&](int64_t k, int64_t part) { fetch_products(s_, waiting(k), part); });
+      o0_ = o0, outputs_ = o1 - o0, p0_ = p, piece_ = 0;
+      next_ = {o0, p, t.i0, t.inputs, 0, bounds_[1]};
+      waiting_.begin(outputs_ * outputs * static_cast<int64_t>(bounds_.size() - 1),
+                     [&](int64_t, int64_t part) { fetch_products(s_, next_, part); });
     }
   }
 
@@ -96,7 +97,7 @@ class TwoLayersWorker {
  private:
   // `count` outputs o by one panel.
   void multiply(LaneTile t, int64_t o0, int64_t count, int64_t p0, int64_t outputs, const A* w, const A* y) {
-    const int64_t N = s_.size.N, calls = divide_up(N, kChunk) * count * tall_;
+    const int64_t N = s_.size.N, calls = divide_up(N, kChunk) * count;
     const auto product = tall_product<A>();
     int64_t done = 0;
     for (int64_t n = 0; n < N; n += kChunk) {
@@ -111,30 +112,31 @@ class TwoLayersWorker {
         if (y && s_.size.diagonal)
           for (int64_t p = std::max(p0, t.i0); p < std::min(p0 + outputs, t.i0 + t.inputs); ++p)
             add_diagonal<A>(g, y + (p - p0) * N + n, depth, panel_ + (p - p0) * t.inputs + p - t.i0);
-        for (int64_t h = 0; h < tall_; ++h) {
+        for (int64_t h = 0; h < tall_; ++h)
           product(right_ + (h * N + n) * each_, each_, panel_, W, depth, now_ + (o * rows_ + h * each_) * W,
                   std::min(each_, s_.size.I2 - h * each_), n > 0);
-          proceed(++done, calls);
-        }
+        proceed(++done, calls);
       }
     }
   }
 
-  // The k-th piece of what waits: all o of one p after the other, whose places are side by side.
-  PlacedProducts waiting(int64_t k) const {
-    const int64_t pieces = bounds_.size() - 1, piece = k / outputs_ % pieces;
-    return {o0_ + k % outputs_, p0_ + k / outputs_ / pieces,        tile_.i0, tile_.inputs,
-            bounds_[piece],     bounds_[piece + 1] - bounds_[piece]};
+  // The next of what waits: all o of one p after the other, whose places are side by side.
+  void advance() {
+    if (++next_.o < o0_ + outputs_) return;
+    next_.o = o0_;
+    if (++piece_ == static_cast<int64_t>(bounds_.size()) - 1) piece_ = 0, ++next_.p;
+    next_.j0 = bounds_[piece_], next_.height = bounds_[piece_ + 1] - bounds_[piece_];
   }
 
   void proceed(int64_t done, int64_t of) {
     waiting_.proceed(
         done, of,
-        [&](int64_t k) {
-          const PlacedProducts t = waiting(k);
-          place_products<T, A>(s_, t, before_ + ((t.o - o0_) * rows_ + t.j0) * W + (t.p - p0_) * t.inputs);
+        [&](int64_t) {
+          place_products<T, A>(s_, next_,
+                               before_ + ((next_.o - o0_) * rows_ + next_.j0) * W + (next_.p - p0_) * next_.inputs);
+          advance();
         },
-        [&](int64_t k, int64_t part) { fetch_products(s_, waiting(k), part); });
+        [&](int64_t, int64_t part) { fetch_products(s_, next_, part); });
   }
 
   const TwoLayers<T>& s_;
@@ -144,8 +146,8 @@ class TwoLayersWorker {
   Buffer<A> x_, y_, w_, g_, panel_, sums_;
   A *now_, *before_;
   Waiting waiting_;
-  LaneTile tile_{};
-  int64_t o0_ = 0, outputs_ = 1, p0_ = 0;
+  PlacedProducts next_{};
+  int64_t o0_ = 0, outputs_ = 0, p0_ = 0, piece_ = 0;
 };
 
 template <class T>
