@@ -47,7 +47,7 @@ CURVATURE_CLONES void place_products(const TwoLayers<T>& s, PlacedProducts t, co
 template <class T>
 class TwoLayersWorker {
   using A = accumulate_t<T>;
-  static constexpr int64_t W = kCols<A>, kChunk = 256 / sizeof(A);
+  static constexpr int64_t W = kCols<A>, kChunk = 256 / sizeof(A), kBlock = 4096 / sizeof(A);
 
  public:
   // right: a2 as panels [tall][N][each].
@@ -58,32 +58,49 @@ class TwoLayersWorker {
         tall_(divide_up(s.size.I2, each)),
         rows_(divide_up(s.size.I2, 4) * 4 + 4),
         bounds_(input_ranges(s.size.I2)),
-        x_(s.size.N * W),
-        y_(s.d ? s.size.N * kMoved<A> : 0),
-        w_(kOutputs * s.size.N * std::min(s.size.O2, kLanes * W)),
-        g_(s.d ? kOutputs * s.size.N : 0),
+        x_(std::min(s.size.N, kBlock) * W),
+        y_(s.d ? std::min(s.size.N, kBlock) * kMoved<A> : 0),
+        w_(kOutputs * std::min(s.size.N, kBlock) * std::min(s.size.O2, kLanes * W)),
+        g_(s.d ? kOutputs * std::min(s.size.N, kBlock) : 0),
         panel_(kChunk * W),
         sums_(2 * kOutputs * rows_ * W),
         now_(sums_),
         before_(sums_ + kOutputs * rows_ * W) {}
 
-  // Outputs [o0, o1) by panels [q0, q1) of a tile.
+  // Outputs [o0, o1) by panels [q0, q1) of a tile; of many samples block by block for one panel after the other.
   void operator()(LaneTile t, int64_t o0, int64_t o1, int64_t q0, int64_t q1) {
-    const BlockSizes& z = s_.size;
+    const int64_t N = s_.size.N, step = N <= kBlock ? q1 - q0 : 1;
+    for (int64_t q = q0; q < q1; q += step)
+      for (int64_t n = 0; n < N; n += kBlock) {
+        TwoLayers<T> block = s_;
+        block.size.N = std::min(kBlock, N - n);
+        block.m += n * s_.mn, block.a += n * s_.an;
+        if (s_.d) block.g += n * s_.gn, block.d += n * s_.dn;
+        add_block(block, n, t, o0, o1, q, std::min(q1, q + step));
+      }
+  }
+
+  void finish() { proceed(1, 1); }
+
+ private:
+  // The samples of a block, from `first` on; after the last the panels' products wait for their places.
+  void add_block(const TwoLayers<T>& s, int64_t first, LaneTile t, int64_t o0, int64_t o1, int64_t q0, int64_t q1) {
+    const BlockSizes& z = s.size;
     const int64_t p0 = q0 * t.outputs, p1 = std::min(z.O2, q1 * t.outputs);
-    pack_lanes<T, A>(s_, t, x_);
-    if (t.inputs > 1) pack_seconds<T, A>(s_, o0, o1, p0, p1, w_);
-    if (s_.d) {
-      if (z.diagonal) pack_diagonal<T, A>(s_, p0, p1, y_);
-      else pack_moved<T, A>(s_, t, p0, p1, y_);
-      pack_slopes<T, A>(s_, o0, o1, g_);
+    pack_lanes<T, A>(s, t, x_);
+    if (t.inputs > 1) pack_seconds<T, A>(s, o0, o1, p0, p1, w_);
+    if (s.d) {
+      if (z.diagonal) pack_diagonal<T, A>(s, p0, p1, y_);
+      else pack_moved<T, A>(s, t, p0, p1, y_);
+      pack_slopes<T, A>(s, o0, o1, g_);
     }
     for (int64_t q = q0; q < q1; ++q) {
       const int64_t p = q * t.outputs, outputs = std::min(z.O2 - p, t.outputs);
-      multiply(t, o0, o1 - o0, p, outputs, w_ + (p - p0) * (o1 - o0) * z.N,
-               !s_.d        ? nullptr
+      multiply(s, first, t, o0, o1 - o0, p, outputs, w_ + (p - p0) * (o1 - o0) * z.N,
+               !s.d         ? nullptr
                : z.diagonal ? y_ + (p - p0) * z.N
                             : y_ + (q - q0) * W);
+      if (first + z.N < s_.size.N) continue;
       std::swap(now_, before_);
       o0_ = o0, outputs_ = o1 - o0, p0_ = p, piece_ = 0;
       next_ = {o0, p, t.i0, t.inputs, 0, bounds_[1]};
@@ -92,29 +109,27 @@ class TwoLayersWorker {
     }
   }
 
-  void finish() { proceed(1, 1); }
-
- private:
   // `count` outputs o by one panel.
-  void multiply(LaneTile t, int64_t o0, int64_t count, int64_t p0, int64_t outputs, const A* w, const A* y) {
-    const int64_t N = s_.size.N, calls = divide_up(N, kChunk) * count;
+  void multiply(const TwoLayers<T>& s, int64_t first, LaneTile t, int64_t o0, int64_t count, int64_t p0,
+                int64_t outputs, const A* w, const A* y) {
+    const int64_t N = s.size.N, calls = divide_up(N, kChunk) * count;
     const auto product = tall_product<A>();
     int64_t done = 0;
     for (int64_t n = 0; n < N; n += kChunk) {
       const int64_t depth = std::min(kChunk, N - n);
       for (int64_t o = 0; o < count; ++o) {
-        const A *x = x_ + n * W, *moved = y && !s_.size.diagonal ? y + n * kMoved<A> : nullptr,
+        const A *x = x_ + n * W, *moved = y && !s.size.diagonal ? y + n * kMoved<A> : nullptr,
                 *g = g_ + (y ? o * N + n : 0);
         if (t.inputs > 1) form_panel<A>(w + o * N + n, count * N, g, x, moved, depth, t.inputs, outputs, panel_);
         else
-          form_outputs<T, A>(s_.m + n * s_.mn + (o0 + o) * s_.mo + p0 * s_.mp, s_.mn, s_.mp, g, x, moved, depth,
-                             outputs, panel_);
-        if (y && s_.size.diagonal)
+          form_outputs<T, A>(s.m + n * s.mn + (o0 + o) * s.mo + p0 * s.mp, s.mn, s.mp, g, x, moved, depth, outputs,
+                             panel_);
+        if (y && s.size.diagonal)
           for (int64_t p = std::max(p0, t.i0); p < std::min(p0 + outputs, t.i0 + t.inputs); ++p)
             add_diagonal<A>(g, y + (p - p0) * N + n, depth, panel_ + (p - p0) * t.inputs + p - t.i0);
         for (int64_t h = 0; h < tall_; ++h)
-          product(right_ + (h * N + n) * each_, each_, panel_, W, depth, now_ + (o * rows_ + h * each_) * W,
-                  std::min(each_, s_.size.I2 - h * each_), n > 0);
+          product(right_ + (h * s_.size.N + first + n) * each_, each_, panel_, W, depth,
+                  now_ + (o * rows_ + h * each_) * W, std::min(each_, s.size.I2 - h * each_), first + n > 0);
         proceed(++done, calls);
       }
     }

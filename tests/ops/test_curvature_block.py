@@ -20,6 +20,7 @@ SIZES = [
     (1, 1, 1, 1, 1, 1),
     (600, 18, 20, 10, 7, 20),
     (300, 4, 33, 9, 40, 30),
+    (1100, 3, 35, 18, 5, 34),  # blocks of samples
     (140, 5, 65, 7, 43, 64),  # ranges of inputs, several chunks of samples
     (70, 17, 11, 6, 25, 10),
     (33, 3, 24, 35, 12, 24),
@@ -115,7 +116,14 @@ def test_two_layers(size: tuple[int, ...], second_term: bool, add: bool) -> None
         torch.testing.assert_close(again[j][:, i], block.T, rtol=1e-12, atol=1e-12)
 
 
-DIAGONALS = [(5, 3, 4, 2, 3), (9, 5, 17, 16, 9), (140, 4, 33, 32, 17), (70, 17, 11, 11, 25), (6, 2, 40, 1, 3)]
+DIAGONALS = [
+    (5, 3, 4, 2, 3),
+    (9, 5, 17, 16, 9),
+    (140, 4, 33, 32, 17),
+    (70, 17, 11, 11, 25),
+    (6, 2, 40, 1, 3),
+    (1100, 3, 35, 18, 5),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
