@@ -5,8 +5,8 @@
 //   out[row(o, i), column(p, j)] (+)= value,   out[column(p, j), row(o, i)] (+)= value
 //
 // Shapes: m [N, O, O2], a [N, I], a2 [N, I2], g [N, O], d [N, D, O2] (zero for inputs i >= D) or only
-// its diagonal [N, O2], out [P, P]. Second
-// derivatives of a loss by the weights of z = W a, given those by the z: m by both, d = da / dz2, g by z alone.
+// its diagonal [N, O2], out [P, P]. Second derivatives of a loss by the weights of z = W a, given those by the z: m by
+// both, d = da / dz2, g by z alone.
 //
 // How: two_layers.h. Without a2 it is the block of one layer with itself: only the pairs o <= p and i <= j are
 // multiplied (kronecker_core.h).

@@ -13,6 +13,7 @@
 namespace torch_curvature::cpu {
 
 constexpr int64_t kPanels = 16;  // panels of b of one task
+constexpr int64_t kEdge = 16;    // edge of a tile of pairs (i, j): rows of a tile fill a cache line of float32
 
 // Tiles of kEdge by kEdge inputs.
 inline std::vector<PairTile> square_tiles(int64_t I) {

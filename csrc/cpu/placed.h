@@ -9,7 +9,6 @@
 
 namespace torch_curvature::cpu {
 
-constexpr int64_t kEdge = 16;   // edge of a tile of pairs (i, j): rows of a tile fill a cache line of float32
 constexpr int64_t kWhole = 40;  // inputs that stay one range: all their pairs i <= j make one tile
 constexpr int64_t kRange = 33;  // the longest range of more of them
 
