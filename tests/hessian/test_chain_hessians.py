@@ -17,6 +17,7 @@ from tests.engine.test_chains import EVERY, LEFT
 from tests.engine.test_matrices import close, part
 from torch_curvature import chain_hessians, reference, second_order
 from torch_curvature.chain_hessians import hessian_chain
+from torch_curvature.matrices.activation_space import Contributions
 from torch_curvature.second_nodes import Frontier, Pushed, whole
 from torch_curvature.second_order import SecondOrder
 
@@ -299,3 +300,12 @@ def test_shapes_and_dtypes_of_the_helper() -> None:
     with pytest.raises(RuntimeError, match="float32 or float64"):
         dense_chain_hessians(slope.half(), None, [], [3], True)
     assert [list(t.shape) for t in dense_chain_hessians(torch.randn(0, 4), None, [], [3], True)] == [[0, 4]]
+
+
+def test_diagonal_derivatives_of_inputs_use_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers do not go straight into their places, as for parameters of several dtypes."""
+    monkeypatch.setattr(Contributions, "_layers", lambda self, group, at: {})
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    data, loss = (torch.randn(7, 4), torch.randint(3, (7,))), nn.CrossEntropyLoss()
+    found, expected = tc.Hessian(model, loss, data).dense(), tc.reference.hessian(model, loss, data)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
