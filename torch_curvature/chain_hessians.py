@@ -77,10 +77,10 @@ class HessianChain:
                 edge = step.mark
                 result.gradients[edge] = next(found).unsqueeze(0)
                 if curved:
-                    result.hessians[edge, edge] = next(found).transpose(0, 1)
+                    result.hessians[edge, edge] = next(found).permute(2, 0, 1)
                 for mark in columns:
                     values = next(found)
-                    values = values if values.dim() == 2 else values.transpose(0, 1)
+                    values = values if values.dim() == 2 else values.permute(2, 0, 1)
                     if not isinstance(mark, tuple):
                         result.hessians[mark, edge] = values
                         continue

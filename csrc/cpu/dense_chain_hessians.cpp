@@ -11,10 +11,10 @@
 //                                           of a ReLU, of tanh, of a sigmoid; slopes f' and f''
 //   kind 3: an output z of a layer, before the step through it; no operand
 //   kind 4: an input a of a layer, after the step through it; no operand
-// Result, at every step of kind 3: dL/dz [N, Z]; d2L/dz dz [Z, N, Z] where it does not vanish identically, symmetric to
-// the bit behind the first dense step; and, with `pairs`, columns [K, N, Z] of all steps of kind 3 and 4 before, in
+// Result, at every step of kind 3: dL/dz [N, Z]; d2L/dz dz [Z, Z, N] where it does not vanish identically, symmetric to
+// the bit behind the first dense step; and, with `pairs`, columns [K, Z, N] of all steps of kind 3 and 4 before, in
 // their order: d2L/dz' dz (left out where d2L/dz' dz' was), da/dz; of the latter, with no dense layer between, only the
-// diagonal [N, Z].
+// diagonal [N, Z]. Samples come last, since they lie side by side here and in what blocks are made from.
 //
 // Samples are taken kCols at a time, next to one another in panels [F][kCols]: a matrix is a panel for each row, and
 // stays in the second cache. Of W^T H W half of the second product is formed and mirrored. Flops a sample and dense
@@ -139,9 +139,9 @@ struct Chain {
     unpack<T>(c, step.width, count, step.out[0] + n0 * step.width);
     size_t k = 1;
     auto rows = [&](const Matrix<T>& x) {
-      T* to = step.out[k++] + n0 * step.width;
-      for (int64_t r = 0; r < (x.diagonal ? 1 : x.rows); ++r, to += N * step.width)
-        unpack<T>(x.row(r), step.width, count, to);
+      T* to = step.out[k++];
+      if (x.diagonal) return unpack<T>(x.data, step.width, count, to + n0 * step.width);
+      for (int64_t r = 0; r < x.rows; ++r, to += N * step.width) copy_lanes<T>(x.row(r), step.width, count, to + n0, N);
     };
     if (step.curved) rows({H.data, step.width, H.stride, false});
     for (const Matrix<T>& x : found) rows(x);
@@ -168,9 +168,9 @@ class Reader {
       CURVATURE_CHECK(!kept || kind == kDense, kOp, ": an output of a layer must be followed by the layer.");
       if (kind == kKeep) {
         step.out.push_back(result({chain.N, width}));
-        if (curved) step.out.push_back(result({width, chain.N, width}));
+        if (curved) step.out.push_back(result({width, width, chain.N}));
         for (const Columns& x : columns)
-          step.out.push_back(result(x.diagonal ? Sizes{chain.N, width} : Sizes{x.rows, chain.N, width}));
+          step.out.push_back(result(x.diagonal ? Sizes{chain.N, width} : Sizes{x.rows, width, chain.N}));
       } else if (kind == kInput) {
         const bool after = !chain.steps.empty() && chain.steps.back().kind == kDense;
         CURVATURE_CHECK(after && pairs, kOp, ": an input of a layer must follow the layer, with 'pairs'.");

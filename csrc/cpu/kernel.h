@@ -65,20 +65,6 @@ void share_tasks(int64_t count, bool worth_threads, const F& f) {
   });
 }
 
-// The same where a thread keeps something from task to task: make() gives it a worker, f(worker, task) runs a task, and
-// worker.finish() ends it.
-template <class Make, class F>
-void share_among_workers(int64_t count, bool worth_threads, const Make& make, const F& f) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = worth_threads ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
-  auto work = [&](int64_t, int64_t) {
-    auto worker = make();
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(worker, task);
-    worker.finish();
-  };
-  if (threads <= 1) work(0, 1);
-  else torch::stable::parallel_for(0, threads, 1, work);
-}
 constexpr double kWorthThreads = 1e5;  // multiply-adds below which one thread is faster
 
 // Uninitialised scratch memory, aligned to cache lines; large pieces ask for huge pages.

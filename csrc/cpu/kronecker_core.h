@@ -11,6 +11,7 @@
 // every tile of the other.
 #pragma once
 #include "pairs.h"
+#include "work.h"
 
 namespace torch_curvature::cpu {
 
@@ -49,22 +50,27 @@ CURVATURE_CLONES void fetch_places_of(const PairTile& t, Pair q, const Kronecker
   });
 }
 
-// Writes the products of one pair (o, p) with a tile, [columns / kCols] rows of kCols `stride` apart, to all the places
-// that hold them. line: room for the tile and kBeyond elements.
+// The products of one pair (o, p) with a tile, [columns / kCols] rows of kCols `stride` apart, in the matrix's dtype:
+// one after the other in `line`, which has room for kBeyond more, and, in rows of kWhole, a triangle unfolded or
+// [j][i].
 template <class T, class A>
-CURVATURE_CLONES void scatter(const A* sums, int64_t stride, const PairTile& t, Pair q, const KroneckerProblem<T>& s,
-                              T* __restrict__ line) {
+CURVATURE_CLONES void arrange(const A* sums, int64_t stride, const PairTile& t, bool turned, T* __restrict__ line,
+                              T* __restrict__ tile) {
   constexpr int64_t W = kCols<A>;
   const int64_t height = t.i1 - t.i0, width = t.j1 - t.j0, columns = t.columns();
   for (int64_t c0 = 0; c0 < columns; c0 += W, sums += stride)
     for (int64_t c = 0; c < W; ++c) line[c0 + c] = static_cast<T>(sums[c]);
-  alignas(64) T tile[kWhole * kWhole];  // all of a triangle; else [j][i]
   if (t.triangle) unfold_triangle<T>(line, height, tile);
-  else if (s.same || s.symmetric) turn_tile<T>(line, width, height, width, tile);
+  else if (turned) turn_tile<T>(line, width, height, width, tile);
+}
+
+// Writes them to all the places that hold them.
+template <class T>
+CURVATURE_CLONES void scatter(const PairTile& t, Pair q, const KroneckerProblem<T>& s, const T* line, const T* tile) {
   each_place(t, q, s,
              [&](bool transposed, const PlacedRun& rows, const PlacedRun& columns) __attribute__((always_inline)) {
                const bool turned = transposed || t.triangle;
-               place_tile<T>(turned ? tile : line, turned ? kWhole : width, rows, columns, s.G, s.ld, s.add);
+               place_tile<T>(turned ? tile : line, turned ? kWhole : t.j1 - t.j0, rows, columns, s.G, s.ld, s.add);
              });
 }
 
@@ -95,6 +101,7 @@ class TileProducts {
   const int64_t depth;  // samples of one chunk
 
   int64_t panels(int64_t tile) const { return starts_[tile + 1] - starts_[tile]; }
+  int64_t columns() const { return shared ? starts_.back() * W : 0; }      // packed once
   int64_t blocks() const { return shared ? divide_up(s_.N, kBlock) : 0; }  // of samples, packed once
   void pack_block(int64_t block) {
     const int64_t n0 = block * kBlock, n1 = std::min(s_.N, n0 + kBlock);
@@ -123,7 +130,7 @@ constexpr int64_t kRun = 8;  // most panels of b of one task
 
 // What one thread does: tasks, and the places of the last one's results.
 template <class T>
-class KroneckerWorker {
+class KroneckerWorker final : public Worker {
   using A = accumulate_t<T>;
   static constexpr int64_t W = kCols<A>, kTile = kRows * W;
 
@@ -134,14 +141,24 @@ class KroneckerWorker {
         right_(right),
         left_(left),
         pairs_(pairs),
+        run_(run),
         sums_(2 * run * right.widest * kTile),
         products_(right.shared ? 0 : right.widest * right.depth * W),
         line_(right.widest * W + kBeyond),
+        turned_(kWhole * kWhole),
         now_(sums_),
         before_(sums_ + run * right.widest * kTile) {}
 
-  // Panels [k0, k1) of b by one tile.
-  void operator()(int64_t tile, int64_t k0, int64_t k1) {
+  // `run` panels of b by one tile.
+  void run(int64_t task) override {
+    const int64_t tiles = right_.tiles.size(), k0 = task / tiles * run_;
+    multiply(task % tiles, k0, std::min(left_.count, k0 + run_));
+  }
+
+  void finish() override { proceed(1, 1); }
+
+ private:
+  void multiply(int64_t tile, int64_t k0, int64_t k1) {
     const PairTile& t = right_.tiles[tile];
     const int64_t columns = t.columns(), wide = right_.panels(tile), chunks = divide_up(s_.N, right_.depth);
     const int64_t calls = chunks * wide * (k1 - k0);
@@ -171,58 +188,90 @@ class KroneckerWorker {
     std::swap(now_, before_);
     tile_ = &t, wide_ = wide, pair_ = (left_.first + k0) * kRows;
     const int64_t count = std::min<int64_t>(pairs_.size() - pair_, (k1 - k0) * kRows);
-    waiting_.begin(count, [&](int64_t k, int64_t part) { fetch_places_of(t, pairs_[pair_ + k], s_, part); });
+    waiting_.begin(
+        count, [&](int64_t k, int64_t part) { fetch_places_of(t, pairs_[pair_ + k], s_, part); },
+        [&](int64_t k) { turn(k); });
   }
 
-  void finish() { proceed(1, 1); }
-
- private:
+  void turn(int64_t k) {
+    arrange<T, A>(before_ + k / kRows * wide_ * kTile + k % kRows * W, kTile, *tile_, s_.same || s_.symmetric, line_,
+                  turned_);
+  }
   void proceed(int64_t done, int64_t of) {
     waiting_.proceed(
-        done, of,
-        [&](int64_t k) {
-          scatter<T, A>(before_ + k / kRows * wide_ * kTile + k % kRows * W, kTile, *tile_, pairs_[pair_ + k], s_,
-                        line_);
-        },
-        [&](int64_t k, int64_t part) { fetch_places_of(*tile_, pairs_[pair_ + k], s_, part); });
+        done, of, [&](int64_t k) { scatter<T>(*tile_, pairs_[pair_ + k], s_, line_, turned_); },
+        [&](int64_t k, int64_t part) { fetch_places_of(*tile_, pairs_[pair_ + k], s_, part); },
+        [&](int64_t k) { turn(k); });
   }
 
   const KroneckerProblem<T>& s_;
   const TileProducts<T>& right_;
   const PairPanels<A>& left_;
   const std::vector<Pair>& pairs_;
+  const int64_t run_;
   Buffer<A> sums_, products_;
-  Buffer<T> line_;
+  Buffer<T> line_, turned_;
   A *now_, *before_;
   Waiting waiting_;
   const PairTile* tile_ = nullptr;
   int64_t wide_ = 0, pair_ = 0;
 };
 
+// All of it, as work. fill(pairs, count, to): the values of up to kRows pairs at all samples, [N][kRows], zero beyond
+// them. b that is too large to be packed at once is packed and multiplied round by round.
+template <class T, class Fill>
+class KroneckerWork final : public Work {
+  using A = accumulate_t<T>;
+  static constexpr int64_t kPacked = 1 << 26, kTasks = 16;
+
+ public:
+  KroneckerWork(const KroneckerProblem<T>& s, const Fill& fill)
+      : s_(s),
+        fill_(fill),
+        pairs_(all_pairs(s.O, s.O2, s.symmetric)),
+        right_(s_),
+        tiles_(right_.tiles.size()),
+        all_(divide_up(pairs_.size(), kRows)),
+        most_(std::min(all_, std::max<int64_t>(kPacked / (s.N * kRows * sizeof(A)), 2 * kRun))),
+        run_(std::clamp<int64_t>(all_ * tiles_ / kTasks, 1, kRun)),
+        left_(s.N, most_, may_skip(s)) {
+    left_.count = most_;
+  }
+  double bytes() const { return double(sizeof(A)) * s_.N * (right_.columns() + most_ * kRows); }  // packed
+  double cost() const override { return double(s_.N) * pairs_.size() * s_.I * s_.I2; }
+  int64_t preparations() const override { return blocks() + left_.count; }
+  void prepare(int64_t task) override {
+    if (task < blocks()) right_.pack_block(task);
+    else left_.pack(pairs_, task - blocks(), fill_);
+  }
+  int64_t tasks() const override { return divide_up(left_.count, run_) * tiles_; }
+  std::unique_ptr<Worker> worker() override {
+    return std::make_unique<KroneckerWorker<T>>(s_, right_, left_, pairs_, run_);
+  }
+  bool next() override {
+    left_.first += left_.count;
+    left_.count = std::min(most_, all_ - left_.first);
+    return left_.count > 0;
+  }
+
+ private:
+  static bool may_skip(const KroneckerProblem<T>& s) {
+    return s.N < INT32_MAX && products_are_finite(s.a, s.an, s.ai, s.N, s.I) &&
+           (s.same || products_are_finite(s.a2, s.a2n, s.a2j, s.N, s.I2));
+  }
+  int64_t blocks() const { return left_.first == 0 ? right_.blocks() : 0; }
+
+  const KroneckerProblem<T> s_;
+  const Fill fill_;
+  const std::vector<Pair> pairs_;
+  TileProducts<T> right_;
+  const int64_t tiles_, all_, most_, run_;
+  PairPanels<A> left_;
+};
+
 template <class T, class Fill>
 void kronecker(const KroneckerProblem<T>& s, const Fill& fill) {
-  using A = accumulate_t<T>;
-  constexpr int64_t kPacked = 1 << 26, kTasks = 16;
-  const std::vector<Pair> pairs = all_pairs(s.O, s.O2, s.symmetric);
-  const bool threads = double(s.N) * pairs.size() * s.I * s.I2 > kWorthThreads;
-  const bool skip = s.N < INT32_MAX && products_are_finite(s.a, s.an, s.ai, s.N, s.I) &&
-                    (s.same || products_are_finite(s.a2, s.a2n, s.a2j, s.N, s.I2));
-  TileProducts<T> right(s);
-  const int64_t tiles = right.tiles.size(), all = divide_up(pairs.size(), kRows);
-  const int64_t most = std::min(all, std::max<int64_t>(kPacked / (s.N * kRows * sizeof(A)), 2 * kRun));
-  const int64_t run = std::clamp<int64_t>(all * tiles / kTasks, 1, kRun);
-  PairPanels<A> left(s.N, most, skip);
-  for (int64_t first = 0; first < all; first += most) {
-    left.first = first, left.count = std::min(most, all - first);
-    const int64_t blocks = first == 0 ? right.blocks() : 0;
-    share_tasks(blocks + left.count, threads,
-                [&](int64_t task) { task < blocks ? right.pack_block(task) : left.pack(pairs, task - blocks, fill); });
-    share_among_workers(
-        divide_up(left.count, run) * tiles, threads, [&] { return KroneckerWorker<T>(s, right, left, pairs, run); },
-        [&](KroneckerWorker<T>& worker, int64_t task) {
-          const int64_t k0 = task / tiles * run;
-          worker(task % tiles, k0, std::min(left.count, k0 + run));
-        });
-  }
+  KroneckerWork<T, Fill> work(s, fill);
+  do_together({&work});
 }
 }  // namespace torch_curvature::cpu

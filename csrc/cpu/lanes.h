@@ -63,6 +63,12 @@ CURVATURE_CLONES void pack_moved(const TwoLayers<T>& s, LaneTile t, int64_t p0, 
   const int64_t with = std::clamp<int64_t>(s.size.D - t.i0, 0, t.inputs), N = s.size.N;
   if (with < t.inputs || t.inputs * t.outputs < W || p1 - p0 < kLanes * t.outputs)
     std::fill(y, y + N * kMoved<A>, A(0));
+  if (s.dn == 1) {
+    for (int64_t p = 0; p < p1 - p0; ++p)
+      transpose_all<T, A>(s.d + t.i0 * s.di + (p0 + p) * s.dp, s.di, with, N,
+                          y + p / t.outputs * W + p % t.outputs * t.inputs, kMoved<A>);
+    return;
+  }
   for (int64_t n = 0; n < N; ++n, y += kMoved<A>) {
     const T* d = s.d + n * s.dn + t.i0 * s.di + p0 * s.dp;
     if (n + kAhead < N)
@@ -148,8 +154,11 @@ CURVATURE_CLONES void form_outputs(const T* m, int64_t mn, int64_t mp, const A* 
                                    const A* __restrict__ y, int64_t count, int64_t outputs, A* __restrict__ to) {
   constexpr int64_t W = kCols<A>;
   if (outputs < W) std::fill(to, to + count * W, A(0));
+  if (mn == 1) transpose_all<T, A>(m, mp, outputs, count, to, W);
   for (int64_t k = 0; k < count; ++k, x += W, to += W, m += mn) {
-    if (mp == 1)
+    if (mn == 1)
+      for (int64_t c = 0; c < outputs; ++c) to[c] *= x[c];
+    else if (mp == 1)
       for (int64_t c = 0; c < outputs; ++c) to[c] = static_cast<A>(m[c]) * x[c];
     else
       for (int64_t c = 0; c < outputs; ++c) to[c] = static_cast<A>(m[c * mp]) * x[c];

@@ -34,6 +34,13 @@ inline std::vector<PairTile> pair_tiles(const std::vector<int64_t>& left, const 
   return tiles;
 }
 
+template <class A>
+CURVATURE_CLONES bool any_zero(const A* x, int64_t count) {
+  int32_t found = 0;  // a sum, which becomes vector code
+  for (int64_t k = 0; k < count; ++k) found += x[k] == A(0);
+  return found != 0;
+}
+
 // Panels of kRows pairs of b, each with the samples that count in it.
 template <class A>
 struct PairPanels {
@@ -63,6 +70,7 @@ struct PairPanels {
 
  private:
   int64_t drop_zeros(A* rows, int32_t* at) const {
+    if (!any_zero<A>(rows, N * kRows)) return N;
     int64_t kept = 0;
     for (int64_t n = 0; n < N; ++n) {
       const A* x = rows + n * kRows;
@@ -83,6 +91,14 @@ CURVATURE_CLONES void copy_pairs(const T* b, int64_t bn, int64_t bo, int64_t bp,
                                  int64_t N, A* __restrict__ to) {
   int64_t at[kRows];
   for (int64_t c = 0; c < count; ++c) at[c] = pairs[c].o * bo + pairs[c].p * bp;
+  if (bn == 1) {  // runs of pairs with one o, turned
+    if (count < kRows) std::fill(to, to + N * kRows, A(0));
+    for (int64_t c = 0, end; c < count; c = end) {
+      for (end = c + 1; end < count && pairs[end].o == pairs[c].o;) ++end;
+      transpose_all<T, A>(b + at[c], bp, end - c, N, to + c, kRows);
+    }
+    return;
+  }
   if (count == kRows && bp == 1 && pairs[0].o == pairs[kRows - 1].o) {
     for (int64_t n = 0; n < N; ++n, to += kRows)
       for (int64_t c = 0; c < kRows; ++c) to[c] = static_cast<A>(b[n * bn + at[0] + c]);

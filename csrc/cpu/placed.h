@@ -32,34 +32,44 @@ struct PlacedRun {
   }
 };
 
-// At most kWhole numbers.
+template <class T, int64_t K>
+CURVATURE_INLINE void copy_some(const T* from, T* to) {
+  typedef unsigned char Bytes __attribute__((vector_size(K * sizeof(T)), aligned(1), may_alias));
+  *reinterpret_cast<Bytes*>(to) = *reinterpret_cast<const Bytes*>(from);
+}
+
+// At most kWhole numbers: no loop, of which the compiler would make a call, and the last ones may be written twice.
 template <class T>
 CURVATURE_INLINE void place_line(const T* from, T* to, int64_t count, bool add) {
   using A = accumulate_t<T>;
   static_assert(kWhole < 48);
   if (add) {
     for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(A(to[c]) + A(from[c]));
-    return;
+  } else if (count >= 16) {
+    copy_some<T, 16>(from, to);
+    if (count >= 32) copy_some<T, 16>(from + 16, to + 16);
+    if (count % 16) copy_some<T, 16>(from + count - 16, to + count - 16);
+  } else if (count >= 8) {
+    copy_some<T, 8>(from, to), copy_some<T, 8>(from + count - 8, to + count - 8);
+  } else if (count >= 4) {
+    copy_some<T, 4>(from, to), copy_some<T, 4>(from + count - 4, to + count - 4);
+  } else {
+    for (int64_t c = 0; c < count; ++c) to[c] = from[c];
   }
-  int64_t c = 0;  // no loop: the compiler would make a call of it
-  if (count >= 32) std::memcpy(to, from, 16 * sizeof(T)), std::memcpy(to + 16, from + 16, 16 * sizeof(T)), c = 32;
-  if (c + 16 <= count) std::memcpy(to + c, from + c, 16 * sizeof(T)), c += 16;
-  if (c + 8 <= count) std::memcpy(to + c, from + c, 8 * sizeof(T)), c += 8;
-  if (c + 4 <= count) std::memcpy(to + c, from + c, 4 * sizeof(T)), c += 4;
-  if (c + 2 <= count) std::memcpy(to + c, from + c, 2 * sizeof(T)), c += 2;
-  if (c < count) to[c] = from[c];
 }
 
 // out[rows[r], columns[c]] (+)= tile[r, c], rows of the tile `width` apart.
 template <class T>
 CURVATURE_INLINE void place_tile(const T* tile, int64_t width, const PlacedRun& rows, const PlacedRun& columns, T* out,
                                  int64_t ld, bool add) {
-  const int64_t run = columns.run(), down = rows.run(), left = columns[0];
+  const int64_t run = columns.run(), rest = columns.count - run, down = rows.run(), left = columns[0];
+  const int64_t apart = rest > 0 ? columns[run] : 0;
   T* first = out + rows[0] * ld;
   for (int64_t r = 0; r < rows.count; ++r, tile += width) {
     T* to = r < down ? first + r * ld : out + rows[r] * ld;
     place_line<T>(tile, to + left, run, add);
-    for (int64_t c = run; c < columns.count; ++c) place_line<T>(tile + c, to + columns[c], 1, add);
+    if (rest > 0) place_line<T>(tile + run, to + apart, 1, add);
+    for (int64_t c = run + 1; c < columns.count; ++c) place_line<T>(tile + c, to + columns[c], 1, add);
   }
 }
 
@@ -113,23 +123,26 @@ CURVATURE_INLINE void unfold_triangle(const T* line, int64_t edge, T* tile) {
 
 // Places that wait while something is multiplied: a few at a time are written, and meanwhile the lines of the next ones
 // asked for, so that the memory works while the registers do. place(k) writes the k-th of `count`, fetch(k, part) asks
-// for one of kParts parts of its lines.
+// for one of kParts parts of its lines, and arrange(k) turns what place(k) is going to write: not just before, since
+// what was stored in small pieces cannot be read in large ones until all stores before it are done.
 class Waiting {
  public:
   static constexpr int64_t kParts = 4;
 
-  template <class Fetch>
-  void begin(int64_t count, const Fetch& fetch) {
+  template <class Fetch, class Arrange>
+  void begin(int64_t count, const Fetch& fetch, const Arrange& arrange) {
     count_ = count, next_ = 0;
     for (int64_t part = 0; count > 0 && part < kParts; ++part) fetch(0, part);
+    if (count > 0) arrange(0);
   }
   // As many as are due when `done` of `of` multiplications are.
-  template <class Place, class Fetch>
-  void proceed(int64_t done, int64_t of, const Place& place, const Fetch& fetch) {
+  template <class Place, class Fetch, class Arrange>
+  void proceed(int64_t done, int64_t of, const Place& place, const Fetch& fetch, const Arrange& arrange) {
     for (const int64_t until = count_ * kParts * done / of; next_ < until; ++next_) {
       const int64_t k = next_ / kParts, part = next_ % kParts;
       if (part == 0) place(k);
       if (k + 1 < count_) fetch(k + 1, part);
+      if (k + 1 < count_ && part == kParts - 2) arrange(k + 1);
     }
   }
 

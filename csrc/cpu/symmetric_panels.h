@@ -58,6 +58,17 @@ CURVATURE_CLONES void spread_row(T* __restrict__ to, const T* __restrict__ x, co
     for (int64_t n = 0; n < W; ++n) to[c * W + n] = own[n] * w[c * entry];
 }
 
+// to[f apart + c] = panel[f, c] for c < count.
+template <class T>
+CURVATURE_CLONES void copy_lanes(const T* __restrict__ panel, int64_t width, int64_t count, T* __restrict__ to,
+                                 int64_t apart) {
+  constexpr int64_t W = kCols<T>;
+  for (int64_t f = 0; f < width; ++f)
+    if (count == W) __builtin_memcpy(to + f * apart, panel + f * W, W * sizeof(T));
+    else
+      for (int64_t c = 0; c < count; ++c) to[f * apart + c] = panel[f * W + c];
+}
+
 template <class T>
 void mirror(const Matrix<T>& H, int64_t width) {
   constexpr int64_t W = kCols<T>;

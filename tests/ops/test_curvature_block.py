@@ -85,7 +85,9 @@ def strided(t: Tensor, way: int) -> Tensor:
         return t
     if way == 1:
         return t.mT.contiguous().mT if t.dim() > 1 else t
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if way == 2:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)  # samples side by side
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -96,7 +98,7 @@ def test_two_layers(size: tuple[int, ...], second_term: bool, add: bool) -> None
     k = SIZES.index(size) + 3 * add + second_term
     rows, end = places(KINDS[k % 5], O, I, 1)
     columns, end = places(KINDS[(k + 2) % 5], O2, I2, end)
-    m, a, a2, g, d = (strided(t, (k + i) % 3) for i, t in enumerate(inputs(size)))
+    m, a, a2, g, d = (strided(t, (k + i) % 4) for i, t in enumerate(inputs(size)))
     more = {"g": g, "d": d} if second_term else {}
     block = value(m, a, a2, more.get("g"), more.get("d"))
     wide = symmetric(end + 5)
@@ -159,7 +161,7 @@ def test_one_layer(size: tuple[int, int, int], kind: str, add: bool) -> None:
     out = symmetric(end + 1)
     at = index(rows, O, I)
     want = spread(out, value(full, a, a, None, None), at, at, add)
-    for given in (m, m.mT.contiguous().mT):
+    for given in (m, m.mT.contiguous().mT, strided(m, 3)):
         got = out.clone()
         curvature_block(got, given, a, rows=rows, add=add)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -167,11 +169,12 @@ def test_one_layer(size: tuple[int, int, int], kind: str, add: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", [0, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_other_dtypes(size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_other_dtypes(size: tuple[int, ...], way: int, dtype: torch.dtype) -> None:
     """Rounded once, behind a sum in float32."""
     N, O, I, O2, I2, _ = size
-    m, a, a2, g, d = inputs(size, dtype)
+    m, a, a2, g, d = (strided(t, way) for t in inputs(size, dtype))
     rows, end = places("bias behind", O, I, 0)
     columns, end = places("weight", O2, I2, end)
     out = torch.zeros(end, end, dtype=dtype)

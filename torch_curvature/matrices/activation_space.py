@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.curvature_block import CurvatureBlock, curvature_blocks
 from ..second_nodes import Pushed, whole
 from ..second_order import Node, SecondOrder
 from .expansion import pair_block
@@ -20,8 +22,24 @@ from .memory import Budget
 from .symmetric_sum import SymmetricSum
 
 
+class Pairs(NamedTuple):
+    """Uses of a group's parameters, every two of which make a block.
+
+    Attributes:
+        edges: where they are, in order of execution.
+        at: the uses at each edge.
+        layers: edges whose blocks go straight into their places.
+    """
+
+    group: SymmetricSum
+    nodes: list[Node]
+    edges: list[int]
+    at: dict[int, list[Node]]
+    layers: dict[int, Layer]
+
+
 class Contributions:
-    """Adds one batch to the blocks of groups of parameters.
+    """Adds one batch to the blocks of groups of parameters; `finish` adds what was left to be added together.
 
     Args:
         second: the batch.
@@ -45,6 +63,7 @@ class Contributions:
         self._latest: tuple[tuple[int, ...], dict[int, Tensor]] = ((), {})  # the next group may be of the same layer
         self._arrived: dict[int, Tensor] | None = None
         self._signs: Tensor | None = None
+        self._waiting: list[Pairs] = []
 
     @cached_property
     def columns(self) -> Sequence[tuple[Tensor, Tensor | None]] | None:
@@ -53,19 +72,33 @@ class Contributions:
     def add(self, group: SymmetricSum, distrusted: bool) -> bool:
         """Add the batch to a group; True where terms between layers took part, which the caller may want checked."""
         nodes = [] if distrusted else chosen_nodes(self.second, group.names)
-        self._add_pairs(group, nodes)
+        if nodes:
+            self._waiting.append(self._pairs(group, nodes))
         inside = {node.name for node in nodes}
         self._add_products(group, [n for n in group.names if n not in inside])
         return len({node.edge for node in nodes}) > 1
 
+    def finish(self) -> None:
+        """Add what stays in activation space, of all groups together; nothing may be read from them before."""
+        # Between layers, whose parameters are used once each: no two of these blocks have a place in common.
+        blocks: list[CurvatureBlock] = []
+        for pairs in self._waiting:
+            self._add_pairs(pairs, blocks)
+        curvature_blocks(blocks)
+        self._waiting = []
+
     # ------------------------------------------------------------------ activation space
 
-    def _add_pairs(self, group: SymmetricSum, nodes: list[Node]) -> None:
+    def _pairs(self, group: SymmetricSum, nodes: list[Node]) -> Pairs:
         edges = sorted({node.edge for node in nodes})
         at = {edge: [node for node in nodes if node.edge == edge] for edge in edges}
-        layers = {} if group.measured else self._layers(group, at)
         self._require(edges)
-        pushed = self._pushed(edges, nodes) if edges else None
+        return Pairs(group, nodes, edges, at, {} if group.measured else self._layers(group, at))
+
+    def _add_pairs(self, pairs: Pairs, blocks: list[CurvatureBlock]) -> None:
+        """Add them to their group, or to ``blocks`` what is between two layers."""
+        group, nodes, edges, at, layers = pairs
+        pushed = self._pushed(edges, nodes)
         for place, edge in enumerate(edges):
             if pushed is not None:
                 M = {other: pushed.hessians[edge, other] for other in edges if (edge, other) in pushed.hessians}
@@ -79,7 +112,10 @@ class Contributions:
                     self._add_uses(group, at[edge], at[other], M.get(other), g, moved)
                     continue
                 D = None if later.input is None or g is None else moved.get(later.input.index, {}).get(other)
-                group.add_layers(later, earlier, M.get(other), None if D is None or g is None else (g[0], D))
+                cross = None if D is None or g is None else (g[0], D)
+                block = group.between_layers(later, earlier, M.get(other), cross)
+                if block is not None:
+                    blocks.append(block)
 
     def _pushed(self, edges: Sequence[int], nodes: Sequence[Node]) -> Pushed | None:
         if len(edges) > 1:

@@ -229,6 +229,7 @@ class SecondOrderMatrix(Matrix):
                 self._distrusted.add(key)
                 group.clear()
                 contributions.add(group, True)
+        contributions.finish()
 
     def _is_trusted(self, plan: Plan, names: list[str], curved: bool) -> bool:
         """Whether the terms between these parameters were checked before, with this very plan."""
@@ -241,6 +242,7 @@ class SecondOrderMatrix(Matrix):
         Where the terms of a block cancel, up to rounding of the terms.
         """
         second = contributions.second
+        contributions.finish()
         generator = torch.Generator().manual_seed(20261)
         vector = torch.randn(group.size, generator=generator, dtype=torch.float64, device="cpu").to(self.zeros(0))
         pieces = dict(zip(group.names, vector.split([self.parameters[n].numel() for n in group.names])))
@@ -252,6 +254,7 @@ class SecondOrderMatrix(Matrix):
             return True
         measured = SymmetricSum(group.names, self.parameters, self.zeros(0), measured=True)
         contributions.add(measured, False)
+        contributions.finish()
         return bool(error <= 1e-2 * tolerance * measured.magnitude)
 
     def _precision(self, second: SecondOrder) -> torch.dtype:

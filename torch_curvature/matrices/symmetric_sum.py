@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import mirror_upper
-from ..ops import curvature_block
+from ..ops.curvature_block import CurvatureBlock
 from ..second_order import Node
 from .expansion import Cross
 from .layers import Layer
@@ -22,7 +22,7 @@ class SymmetricSum:
         self, names: Sequence[str], parameters: dict[str, nn.Parameter], like: Tensor, measured: bool = False
     ) -> None:
         self.measured = measured  # keep the sum of the norms of the blocks between uses
-        self.magnitude = like.new_zeros(())
+        self.magnitude: Tensor | float = 0.0
         self.names = list(names)
         self.shapes = {n: parameters[n].shape for n in names}
         self.place: dict[str, slice] = {}
@@ -69,15 +69,19 @@ class SymmetricSum:
             block = block + block.T
         self.add(later.name, earlier.name, block, symmetric=True)
 
-    def add_layers(self, later: Layer, earlier: Layer, M: Tensor | None, cross: Cross | None) -> None:
-        """The block between all parameters of two layers (or of one with itself), in both its places at once.
+    def between_layers(
+        self, later: Layer, earlier: Layer, M: Tensor | None, cross: Cross | None
+    ) -> CurvatureBlock | None:
+        """The block between all parameters of two layers (or of one with itself), for both its places at once.
+
+        It counts as added; the caller adds it, before anything is read or added to the same places. None: it is zero.
 
         Args:
             M: [N, O, O2], second derivatives by both outputs.
             cross: g [N, O] of the later layer, D [N, I, O2] or its diagonal [N, O2].
         """
         if M is None and cross is None:
-            return
+            return None
         if M is None and cross is not None:
             M = cross[1].new_zeros(()).expand(*cross[0].shape, cross[1].shape[-1])
         assert M is not None
@@ -92,22 +96,12 @@ class SymmetricSum:
             if row == column:
                 self._symmetric.add(row)
             self._mirrored.add((row, column))
-        g, d = (None, None) if cross is None else cross
-        if later is earlier:
-            curvature_block(self.total, M, later.a, rows=later.places, add=bool(known))
-        else:
-            curvature_block(
-                self.total,
-                M,
-                later.a,
-                earlier.a,
-                g=g,
-                d=d,
-                rows=later.places,
-                columns=earlier.places,
-                add=bool(known),
-            )
         self._known.update(pairs)
+        if later is earlier:
+            return CurvatureBlock(self.total, M, later.a, None, None, None, later.places, None, bool(known))
+        g, d = (None, None) if cross is None else cross
+        places = later.places, earlier.places
+        return CurvatureBlock(self.total, M, later.a, earlier.a, g, d, *places, bool(known))
 
     def _ordered(self, row: str, column: str) -> tuple[str, str]:
         return (row, column) if self.place[row].start <= self.place[column].start else (column, row)
