@@ -7,6 +7,7 @@
 // Nothing of size S x S or O x I is stored. Bytes moved: those of g and a, once.
 #include "jacobian.h"
 #include "overlaps.h"
+#include "panel_product.h"
 
 namespace torch_curvature::cpu {
 namespace {
@@ -84,25 +85,24 @@ void by_pairs(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int
   }
 }
 
-// Columns [v0, v1) of samples [first, last) through the tiles of J, or of its transpose.
+// Columns [v0, v1) of samples [first, last) through the panels of J, or of its transpose.
 template <class T, class A>
 void by_sum(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int64_t v1, T* out) {
   const JacobianSizes& s = J.size;
   const bool swapped = inputs_as_rows<T>(J, s.O, s.I);
   const Columns outputs{s.O, J.go, J.gs}, inputs{s.I, J.ai, J.as};
   const Columns x = swapped ? inputs : outputs, y = swapped ? outputs : inputs;
-  SampleProduct<T> product(s.S, x, y);
-  Buffer<A> tile(kRows * kCols<A>);
+  PanelProduct<T> product(s.S, x, y, v1 - v0 > 1);
+  Buffer<A> panel(product.size());
   for (int64_t n = first; n < last; ++n) {
     swapped ? product.set_x(J.a_at(n)) : product.set_y(J.a_at(n));
     for (int64_t v = v0; v < v1; ++v) {
       swapped ? product.set_y(J.g_at(v, n)) : product.set_x(J.g_at(v, n));
       A lanes[kCols<A>] = {};
-      for (int64_t q = 0; q < product.columns(); ++q)
-        for (int64_t r = 0; r < product.bands(); ++r) {
-          product.tile(r, q, tile);
-          add_squares<A>(tile, std::min(kRows, x.count - r * kRows), panel_width<A>(y.count, q), lanes);
-        }
+      for (int64_t q = 0; q < product.columns(); ++q) {
+        product.panel(q, panel);
+        add_squares<A>(panel, x.count, panel_width<A>(y.count, q), lanes);
+      }
       out[v * s.N + n] = static_cast<T>(total<A>(lanes));
     }
   }

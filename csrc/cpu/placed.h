@@ -32,12 +32,6 @@ struct PlacedRun {
   }
 };
 
-template <class T, int64_t K>
-CURVATURE_INLINE void copy_some(const T* from, T* to) {
-  typedef unsigned char Bytes __attribute__((vector_size(K * sizeof(T)), aligned(1), may_alias));
-  *reinterpret_cast<Bytes*>(to) = *reinterpret_cast<const Bytes*>(from);
-}
-
 // At most kWhole numbers: no loop, of which the compiler would make a call, and the last ones may be written twice.
 template <class T>
 CURVATURE_INLINE void place_line(const T* from, T* to, int64_t count, bool add) {

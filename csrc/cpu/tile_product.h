@@ -85,6 +85,13 @@ TallProduct<A> tall_product() {
 }
 #undef CURVATURE_BEST
 
+// A copy of K numbers in registers, where the compiler would call memcpy.
+template <class T, int64_t K>
+CURVATURE_INLINE void copy_some(const T* from, T* to) {
+  typedef unsigned char Bytes __attribute__((vector_size(K * sizeof(T)), aligned(1), may_alias));
+  *reinterpret_cast<Bytes*>(to) = *reinterpret_cast<const Bytes*>(from);
+}
+
 // Panels [panels][depth][kCols] of a matrix [depth, columns] whose rows are contiguous, read row by row.
 template <class T, class A>
 CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t depth_stride, int64_t columns,
@@ -95,7 +102,8 @@ CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t dept
     const T* row = x + k * depth_stride;
     for (int64_t p = 0; p < full; ++p) {
       A* to = out + (p * depth + k) * W;
-      if constexpr (std::is_same_v<T, A>) __builtin_memcpy(to, row + p * W, W * sizeof(A));
+      if constexpr (std::is_same_v<T, A>)
+        copy_some<A, W / 2>(row + p * W, to), copy_some<A, W / 2>(row + p * W + W / 2, to + W / 2);
       else
         for (int64_t c = 0; c < W; ++c) to[c] = static_cast<A>(row[p * W + c]);
     }
