@@ -28,25 +28,54 @@ struct Geometry {
   int64_t shift(int64_t ky, int64_t kx) const { return y.shift(ky) * x.extent() + x.shift(kx); }
 };
 
+// The even ones of `count` numbers to `even`, the others to `odd`.
+template <class T>
+CURVATURE_INLINE void part_row(const T* from, int64_t count, T* even, T* odd) {
+  typedef T Eight __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  int64_t k = 0;
+  for (; 2 * k + 16 <= count; k += 8) {
+    const Eight a = *reinterpret_cast<const Eight*>(from + 2 * k), b = *reinterpret_cast<const Eight*>(from + 2 * k + 8);
+    *reinterpret_cast<Eight*>(even + k) = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+    *reinterpret_cast<Eight*>(odd + k) = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  }
+  for (; 2 * k < count; ++k) {
+    even[k] = from[2 * k];
+    if (2 * k + 1 < count) odd[k] = from[2 * k + 1];
+  }
+}
+
 // A sample's input, row by row as it lies, into its parts [y stride][x stride][C][rows][columns]: the number at (h, w)
 // is that of row (h + padding) / stride and part (h + padding) % stride. What is outside of the input stays zero.
 template <class T>
 CURVATURE_CLONES void pack_input(const T* x, int64_t channel, int64_t row, int64_t column, Geometry z,
                                  T* __restrict__ out) {
   const int64_t width = z.x.extent();
+  // Columns s of the part of residue rx with 0 <= w = s stride + rx - padding < size: the first, and how many.
+  auto first = [&](int64_t rx) { return z.x.padding > rx ? divide_up(z.x.padding - rx, z.x.stride) : 0; };
+  auto count_of = [&](int64_t rx) {
+    const int64_t w0 = first(rx) * z.x.stride + rx - z.x.padding;
+    return w0 < z.x.size ? std::max<int64_t>(0, std::min(width - first(rx), divide_up(z.x.size - w0, z.x.stride))) : 0;
+  };
+  const bool halves = z.x.stride == 2 && column == 1 && z.x.meets(0) && z.x.meets(1) &&
+                      count_of(0) + count_of(1) == z.x.size;  // rows are read once for both parts
+  const int64_t of_even = z.x.padding % 2;
   for (int64_t c = 0; c < z.C; ++c)
     for (int64_t h = 0; h < z.y.size; ++h) {
       const int64_t r = (h + z.y.padding) / z.y.stride, ry = (h + z.y.padding) % z.y.stride;
       if (r >= z.y.extent() || !z.y.meets(ry)) continue;
+      const T* line = x + c * channel + h * row;
+      auto part = [&](int64_t rx) {
+        return out + ((ry * z.x.stride + rx) * z.C + c) * z.plane() + r * width + first(rx);
+      };
+      if (halves) {
+        part_row<T>(line, z.x.size, part(of_even), part(1 - of_even));
+        continue;
+      }
       for (int64_t rx = 0; rx < z.x.stride; ++rx) {
         if (!z.x.meets(rx)) continue;
-        // columns s of the part with 0 <= w = s stride + rx - padding < size
-        const int64_t s0 = z.x.padding > rx ? divide_up(z.x.padding - rx, z.x.stride) : 0;
-        const int64_t w0 = s0 * z.x.stride + rx - z.x.padding;
-        const int64_t count = w0 < z.x.size ? std::min(width - s0, divide_up(z.x.size - w0, z.x.stride)) : 0;
-        const T* from = x + c * channel + h * row + w0 * column;
-        T* to = out + ((ry * z.x.stride + rx) * z.C + c) * z.plane() + r * width + s0;
-        const int64_t step = z.x.stride * column;
+        const int64_t count = count_of(rx), step = z.x.stride * column;
+        const T* from = line + (first(rx) * z.x.stride + rx - z.x.padding) * column;
+        T* to = part(rx);
         if (step == 1)
           for (int64_t s = 0; s < count; ++s) to[s] = from[s];
         else if (step == 2)

@@ -46,16 +46,16 @@ struct Problem {
     const Geometry& z = geometry;
     const auto product = tile_product_in_place<T>();
     const int64_t plane = z.plane();
-    for (int64_t place = 0; place < places(); ++place) {
-      const int64_t ky = place / z.x.kernel, kx = place % z.x.kernel;
-      const T* from = planes + z.part(ky, kx) * z.C * plane + z.shift(ky, kx);
-      for (int64_t c = 0; c < z.C; c += kRows)
-        for (int64_t q = 0; q < panels<T>(z.O); ++q) {
+    for (int64_t q = 0; q < panels<T>(z.O); ++q)
+      for (int64_t place = 0; place < places(); ++place) {
+        const int64_t ky = place / z.x.kernel, kx = place % z.x.kernel;
+        const T* from = planes + z.part(ky, kx) * z.C * plane + z.shift(ky, kx);
+        for (int64_t c = 0; c < z.C; c += kRows) {
           const int64_t rows = std::min(kRows, z.C - c), cols = panel_width<T>(z.O, q);
           product(from + c * plane, 1, plane, outputs + q * z.depth() * W, W, z.depth(), tile, rows, cols);
           use(place, c, q, tile, rows, cols);
         }
-    }
+      }
   }
 
   // Each of `tasks` calls run(task, each), and that each(n, v0, v1, use) for the columns v0 to v1 of its samples, where
