@@ -34,7 +34,8 @@ CURVATURE_INLINE void part_row(const T* from, int64_t count, T* even, T* odd) {
   typedef T Eight __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
   int64_t k = 0;
   for (; 2 * k + 16 <= count; k += 8) {
-    const Eight a = *reinterpret_cast<const Eight*>(from + 2 * k), b = *reinterpret_cast<const Eight*>(from + 2 * k + 8);
+    const Eight a = *reinterpret_cast<const Eight*>(from + 2 * k),
+                b = *reinterpret_cast<const Eight*>(from + 2 * k + 8);
     *reinterpret_cast<Eight*>(even + k) = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
     *reinterpret_cast<Eight*>(odd + k) = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
   }

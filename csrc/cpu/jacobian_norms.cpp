@@ -92,20 +92,19 @@ void by_sum(const Jacobian<T>& J, int64_t first, int64_t last, int64_t v0, int64
   const bool swapped = inputs_as_rows<T>(J, s.O, s.I);
   const Columns outputs{s.O, J.go, J.gs}, inputs{s.I, J.ai, J.as};
   const Columns x = swapped ? inputs : outputs, y = swapped ? outputs : inputs;
-  PanelProduct<T> product(s.S, x, y, v1 - v0 > 1);
-  Buffer<A> panel(product.size());
-  for (int64_t n = first; n < last; ++n) {
-    swapped ? product.set_x(J.a_at(n)) : product.set_y(J.a_at(n));
+  PanelProduct<T> product(s.S, x, y);
+  Buffer<A> panels(product.size() * (product.small() ? product.columns() : 1));
+  for (int64_t n = first; n < last; ++n)
     for (int64_t v = v0; v < v1; ++v) {
-      swapped ? product.set_y(J.g_at(v, n)) : product.set_x(J.g_at(v, n));
+      product.set(swapped ? J.a_at(n) : J.g_at(v, n), swapped ? J.g_at(v, n) : J.a_at(n));
       A lanes[kCols<A>] = {};
+      if (product.small()) product.all(panels);
       for (int64_t q = 0; q < product.columns(); ++q) {
-        product.panel(q, panel);
-        add_squares<A>(panel, x.count, panel_width<A>(y.count, q), lanes);
+        if (!product.small()) product.panel(q, panels);
+        add_squares<A>(panels + (product.small() ? q * product.size() : 0), x.count, panel_width<A>(y.count, q), lanes);
       }
       out[v * s.N + n] = static_cast<T>(total<A>(lanes));
     }
-  }
 }
 
 template <class T>

@@ -20,6 +20,22 @@ struct Rows {
   int64_t column, row, depth;  // strides of v (g only) and s, and the length of a row
 };
 
+// Of two vectors of L lanes, x and y behind it, the halves of groups of 2 half lanes: half = L / 2, L / 4, .., 1. A
+// table, since the compiler would put such vectors together whenever they are needed.
+template <class Integer, int L>
+struct Halves {
+  alignas(64) Integer low[4][L] = {}, high[4][L] = {};
+  constexpr Halves() {
+    int step = 0;
+    for (int half = L / 2; half > 0; half /= 2, ++step)
+      for (int p = 0; p < L; ++p) {
+        const int group = p / half, groups = L / half / 2;  // of x first, then of y
+        low[step][p] = group % groups * 2 * half + p % half + (group < groups ? 0 : L);
+        high[step][p] = low[step][p] + half;
+      }
+  }
+};
+
 #define CURVATURE_OVERLAPS_NAME overlaps_generic
 #define CURVATURE_OVERLAPS_TARGET
 #define CURVATURE_OVERLAPS_BYTES 16

@@ -29,17 +29,14 @@ template <class A>
 CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME,
                                                                                            _totals)(auto* x) {
   constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A);
-  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index
-      __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES)));
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Integer;
+  typedef Integer Index __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES)));
+  static constexpr Halves<Integer, L> halves{};
+  int step = 0;
 #pragma GCC unroll 4
-  for (int half = L / 2; half > 0; half /= 2) {
-    Index low{}, high{};
-#pragma GCC unroll 16
-    for (int p = 0; p < L; ++p) {
-      const int group = p / half, groups = L / half / 2;  // of x first, then of y
-      low[p] = group % groups * 2 * half + p % half + (group < groups ? 0 : L);
-      high[p] = low[p] + half;
-    }
+  for (int half = L / 2; half > 0; half /= 2, ++step) {
+    const Index low = *reinterpret_cast<const Index*>(halves.low[step]),
+                high = *reinterpret_cast<const Index*>(halves.high[step]);
 #pragma GCC unroll 16
     for (int k = 0; k < half; ++k)
       x[k] = __builtin_shuffle(x[2 * k], x[2 * k + 1], low) + __builtin_shuffle(x[2 * k], x[2 * k + 1], high);

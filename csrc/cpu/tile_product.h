@@ -47,7 +47,7 @@ struct Depth {
 template <class A>
 using TileProduct = void (*)(const A*, int64_t, const A*, int64_t, Depth, A*, int64_t, int64_t, bool);
 template <class A>
-using TallProduct = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, bool);
+using TallProduct = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t, bool);
 constexpr int64_t kTall = 12;  // most rows that a tall product holds in registers
 template <class A>
 using TileProductInPlace = void (*)(const A*, int64_t, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t);
@@ -77,7 +77,7 @@ TileProductInPlace<A> tile_product_in_place() {
   return best;
 }
 
-// Any number of rows and all kCols columns: (a, lda, b, ldb, depth, c, rows, add).
+// Any number of rows and no others: (a, lda, b, ldb, depth, c, rows, cols, add). Columns as tile_product.
 template <class A>
 TallProduct<A> tall_product() {
   static const TallProduct<A> best = CURVATURE_BEST(_tall);

@@ -79,14 +79,18 @@ CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _in_place)(const 
 // spare.
 template <class A>
 CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _tall)(const A* a, int64_t lda, const A* b, int64_t ldb,
-                                                                      int64_t depth, A* c, int64_t rows, bool add) {
-  for (int64_t q = 0; q < kCols<A>; q += 2 * CURVATURE_TILE_BYTES / sizeof(A))
+                                                                      int64_t depth, A* c, int64_t rows, int64_t cols,
+                                                                      bool add) {
+  constexpr int64_t L = CURVATURE_TILE_BYTES / sizeof(A);
+  for (int64_t q = 0; q < cols; q += 2 * L)
     for (int64_t r = 0; r < rows; r += CURVATURE_TILE_TALL) {
-#define CURVATURE_TILE_CASE(height)                                                                            \
-  case height:                                                                                                 \
-    CURVATURE_JOIN(CURVATURE_TILE_NAME, _block)<A, height, 2, false>(a + r, lda, nullptr, b + q, ldb, {depth}, \
-                                                                     c + r * kCols<A> + q, add);               \
-    break;
+      const A *x = a + r, *y = b + q;
+      A* z = c + r * kCols<A> + q;
+      const bool narrow = cols - q <= L;
+#define CURVATURE_TILE_BLOCK(height, vectors) \
+  CURVATURE_JOIN(CURVATURE_TILE_NAME, _block)<A, height, vectors, false>(x, lda, nullptr, y, ldb, {depth}, z, add)
+#define CURVATURE_TILE_CASE(height) \
+  case height: narrow ? CURVATURE_TILE_BLOCK(height, 1) : CURVATURE_TILE_BLOCK(height, 2); break;
       switch (std::min<int64_t>(CURVATURE_TILE_TALL, rows - r)) {
         CURVATURE_TILE_CASE(1)
         CURVATURE_TILE_CASE(2)
@@ -104,6 +108,7 @@ CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _tall)(const A* a
 #endif
       }
 #undef CURVATURE_TILE_CASE
+#undef CURVATURE_TILE_BLOCK
     }
 }
 

@@ -164,7 +164,7 @@ class TwoLayersWorker final : public Worker {
             add_diagonal<A>(g, y + (p - p0) * N + n, depth, panel_ + (p - p0) * t.inputs + p - t.i0);
         for (int64_t h = 0; h < tall_; ++h)
           product(right_ + (h * s_.size.N + first + n) * each_, each_, panel_, W, depth,
-                  now_ + (o * rows_ + h * each_) * W, std::min(each_, s.size.I2 - h * each_), first + n > 0);
+                  now_ + (o * rows_ + h * each_) * W, std::min(each_, s.size.I2 - h * each_), W, first + n > 0);
         proceed(++done, calls);
       }
     }
