@@ -151,13 +151,13 @@ def test_layers_go_straight_into_their_places(
 ) -> None:
     """One call for a pair of layers: no temporary, no parameter by itself."""
     calls = []
-    one, together = blocks.curvature_block, activation_space.curvature_blocks
-    monkeypatch.setattr(blocks, "curvature_block", lambda *args, **more: (calls.append(more), one(*args, **more))[1])
-    monkeypatch.setattr(
-        activation_space,
-        "curvature_blocks",
-        lambda given: (calls.extend(block._asdict() for block in given), together(given))[1],
-    )
+    together = activation_space.curvature_blocks
+    for module in (activation_space, blocks):
+        monkeypatch.setattr(
+            module,
+            "curvature_blocks",
+            lambda given: (calls.extend(block._asdict() for block in given), together(given))[1],
+        )
     monkeypatch.setattr(blocks, "kronecker_sum", lambda *args, **more: pytest.fail("a temporary"))
     monkeypatch.setattr(activation_space, "within_cost", lambda passes, products: True)
     monkeypatch.setattr(activation_space, "pair_block", lambda *args: pytest.fail("a pair of parameters by itself"))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..factors import Factor, activation_space_block, mirrored_gram, samples_per_chunk
-from ..ops import Places, curvature_block, kronecker_sum
+from ..ops import Places, kronecker_sum
+from ..ops.curvature_block import CurvatureBlock, curvature_blocks
 from .layers import joined
 from .memory import large_matrix
 
@@ -105,6 +106,7 @@ class Group:
 
     def flush(self) -> None:
         """Expand what the columns of one batch have left in activation space."""
+        found: list[CurvatureBlock] = []
         for (l, m), B in self._pending.items():
             left, right = self._layers[l], self._layers[m]
             if left.places is None or right.places is None:
@@ -112,10 +114,9 @@ class Group:
                 self._put(left.names, right.names, left.index(), right.index(), block)
                 continue
             total, add = self._ready(left.names, right.names)
-            if l == m:
-                curvature_block(total, B, left.a, rows=left.places, add=add)
-            else:
-                curvature_block(total, B, left.a, right.a, rows=left.places, columns=right.places, add=add)
+            a2, columns = (None, None) if l == m else (right.a, right.places)
+            found.append(CurvatureBlock(total, B, left.a, a2, None, None, left.places, columns, add))
+        curvature_blocks(found)  # a parameter belongs to one layer: no two have a place in common
         self._pending = {}
 
     def finish(self) -> Tensor:
