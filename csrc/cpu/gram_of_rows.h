@@ -14,14 +14,17 @@ namespace torch_curvature::cpu {
 // How the columns of J are cut: `wide` chunks of inputs for every chunk of `height` outputs.
 template <class A>
 struct Chunks {
-  static constexpr int64_t kInputs = 2 * kCols<A>, kHeight = 128, kElements = (1 << 20) / sizeof(A);
+  static constexpr int64_t kInputs = 2 * kCols<A>, kHeight = 128, kFew = 8, kElements = (1 << 20) / sizeof(A);
   int64_t most, wide, height, count;
   Chunks(int64_t R, int64_t O, int64_t I)
       : most(std::min(kInputs, divide_up(I, kCols<A>) * kCols<A>)),
         wide(divide_up(I, kInputs)),
         height(std::min(
             {divide_up(O, kRows) * kRows, kHeight, std::max<int64_t>(1, kElements / (R * most * kRows)) * kRows})),
-        count(divide_up(O, height) * wide) {}
+        count(divide_up(O, height) * wide) {
+    while (count < kFew && height >= 8 * kRows)  // enough for the threads
+      height = divide_up(height, 2 * kRows) * kRows, count = divide_up(O, height) * wide;
+  }
 };
 
 // Where there are more rows, panels of them are multiplied faster; of few chunks the threads have no use.
