@@ -23,8 +23,8 @@ CURVATURE_CLONES void pack_bands(const T* x, int64_t depth, int64_t step, int64_
   }
   int64_t k = 0;
   // Sixteen at a time, whatever lies behind a row: it is written where the next position goes. The last one must be
-  // exact, and the one after a row's end be there to be read.
-  if (stride == 1 && step >= kWide)
+  // exact, and what lies behind the others be there to be read, and part of this band where it is written.
+  if (stride == 1 && step >= kWide && (2 * each >= kWide || count <= each))
     for (; k < depth - 1; ++k)
       for (int64_t c = 0; c < count; c += each)
         for (int64_t r = 0; r < kWide; ++r) to[c * depth + k * each + r] = static_cast<A>(x[k * step + c + r]);
