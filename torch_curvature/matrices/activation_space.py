@@ -116,6 +116,9 @@ class Contributions:
                 block = group.between_layers(later, earlier, M.get(other), cross)
                 if block is not None:
                     blocks.append(block)
+            if pushed is None:  # not those of all layers are held at once
+                curvature_blocks(blocks)
+                blocks.clear()
 
     def _pushed(self, edges: Sequence[int], nodes: Sequence[Node]) -> Pushed | None:
         if len(edges) > 1:
