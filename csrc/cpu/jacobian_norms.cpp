@@ -3,8 +3,9 @@
 // Shapes: g [V, N, S, O], a [N, S, I], out [V, N]. The cheapest by counted multiply-adds of
 //   S = 1: |g|^2 |a|^2                                                                      V N O + N I
 //   pairs: sum_st (g_s . g_t)(a_s . a_t), each s <= t once, straight from the rows          N (V O + I) S (S + 1) / 2
-//   sum:   tiles of J[v, n] or of its transpose, squared and summed as they leave registers V N S O I
-// Nothing of size S x S or O x I is stored. Bytes moved: those of g and a, once.
+//   sum:   panels of J[v, n] or of its transpose, squared and summed while in cache         V N S O I
+// Nothing of size S x S is stored; of J a panel of columns, or all of it where that is no more than 64 KiB. Bytes
+// moved: those of g and a, once.
 #include "jacobian.h"
 #include "overlaps.h"
 #include "panel_product.h"

@@ -51,7 +51,7 @@ class PanelProduct {
         packed_y_(kDepth * W) {}
 
   int64_t columns() const { return panels<A>(y_.count); }
-  int64_t size() const { return divide_up(x_.count, each_) * each_ * W; }  // of a panel, with room for spare rows
+  int64_t size() const { return divide_up(x_.count, each_) * each_ * W; }  // of a panel, bands in full
   bool small() const { return small_; }
 
   void set(const T* x, const T* y) {
@@ -96,7 +96,7 @@ class PanelProduct {
   static void fetch(const T* row, int64_t count) {
     for (int64_t c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(row + c, 0, 2);
   }
-  // Positions [k, k + kDepth) of panel q: x packed from there on in bands of `rows` positions.
+  // Positions [k, k + kDepth) of panel q are added to out. x: packed from position k on, bands `positions` long.
   void add(int64_t q, int64_t k, const A* x, int64_t positions, A* out) const {
     const int64_t width = panel_width<A>(y_.count, q), depth = std::min(kDepth, S_ - k);
     const T* y = y_at_ + k * y_.step + q * W * y_.stride;

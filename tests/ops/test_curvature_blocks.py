@@ -71,3 +71,10 @@ def test_a_block_that_does_not_fit_is_refused_among_others() -> None:
     good, bad = chain_of_blocks(4, [2, 3], torch.float64, False)
     with pytest.raises(RuntimeError, match=r"'rows' = \[40"):
         curvature_blocks([good, bad._replace(rows=Places(40, 1, 1))])
+
+
+def test_what_is_differentiated_is_refused() -> None:
+    blocks = chain_of_blocks(4, [2, 3], torch.float64, False)
+    blocks[0].a.requires_grad_()
+    with pytest.raises(RuntimeError, match="curvature_block: 'out' cannot be combined with differentiation"):
+        curvature_blocks(blocks)

@@ -97,7 +97,7 @@ def curvature_block(
 
 
 class CurvatureBlock(NamedTuple):
-    """What :func:`curvature_block` is given."""
+    """The arguments of :func:`curvature_block`, with its shapes."""
 
     out: Tensor
     m: Tensor
@@ -113,11 +113,15 @@ class CurvatureBlock(NamedTuple):
 def curvature_blocks(blocks: Sequence[CurvatureBlock]) -> None:
     """:func:`curvature_block` of each, in one go where it can be: their threads wait for one another once.
 
-    No two of them may have a place in common. What the arguments were made from is not differentiated.
+    No two of them may have a place in common.
+
+    Raises:
+        As :func:`curvature_block`.
     """
     if not blocks:
         return
-    if not takes_helpers(blocks[0].m.detach()):
+    check_not_differentiated("curvature_block", *(t for b in blocks for t in (b.out, b.m, b.a, b.a2, b.g, b.d)))
+    if not takes_helpers(blocks[0].m):
         for out, m, a, a2, g, d, rows, columns, add in blocks:
             curvature_block(out, m, a, a2, g=g, d=d, rows=rows, columns=columns, add=add)
         return
