@@ -42,7 +42,12 @@ class TrackedBatch:
     escaped: frozenset[str] = frozenset()
     versions: dict[str, int] = field(default_factory=dict)
     drew: bool = False  # random numbers
-    fallback: dict[str, Factor] | None = None
+    fallback: dict[str, Factor] | None = None  # of all that has arrived
+
+    @property
+    def reached(self) -> bool:
+        """By a backward pass."""
+        return bool(self.derivatives or self.arrived)
 
 
 class Track:
@@ -103,14 +108,14 @@ class Track:
 
     def _watch(self, output: Tensor, edge: int) -> None:
         if self._inside:
-            derivatives = self._batches[-1].derivatives
-            self._hooks.append(output.register_hook(lambda gradient: self._arrive(derivatives, edge, gradient)))
+            batch = self._batches[-1]
+            self._hooks.append(output.register_hook(lambda g: self._arrive(batch, batch.derivatives, edge, g)))
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self._recorder.active and torch.is_grad_enabled()):
             return
         with torch._C.DisableTorchFunction():  # what is looked up here is no part of the model
-            if self._batches and not self._batches[-1].derivatives:
+            if self._batches and not self._batches[-1].reached:
                 raise UnsupportedModelError(
                     "the model was called again before backward(): which outputs belong to one sample is not known. "
                     "Call it once for each backward(), on the concatenated inputs (evaluate under torch.no_grad())"
@@ -161,19 +166,20 @@ class Track:
             if plan.fallback:
                 batch.versions = {name: p._version for name, p in self._model.named_parameters()}
                 for i in chosen:
-                    self._hooks.append(leaves[i].register_hook(lambda g, i=i: self._arrive(batch.arrived, i, g)))
+                    self._hooks.append(leaves[i].register_hook(lambda g, i=i: self._arrive(batch, batch.arrived, i, g)))
 
-    def _arrive(self, into: dict[int, Tensor], key: int, gradient: Tensor) -> None:
+    def _arrive(self, batch: TrackedBatch, into: dict[int, Tensor], key: int, gradient: Tensor) -> None:
         """Called by the user's backward pass (and, inactive, by the check of the factors)."""
         if self._recorder.active:
             gradient = gradient.detach()
             into[key] = into[key] + gradient if key in into else gradient
+            batch.fallback = None
 
     # ------------------------------------------------------------------ factors
 
     def _done(self) -> list[TrackedBatch]:
         """The forward passes that a backward pass has followed."""
-        done = [batch for batch in self._batches if batch.derivatives or batch.arrived]
+        done = [batch for batch in self._batches if batch.reached]
         if not done:
             raise RuntimeError(
                 "no gradient has been seen: inside `with tc.track(model) as t:` call model(...) and then backward() on "
@@ -201,7 +207,8 @@ class Track:
                 batch.arrived.get(i, torch.zeros(shape, dtype=like.dtype, device=like.device))
                 for i, shape in batch.output_shapes
             ]
-            batch.fallback = dict(backpropagation.fallback(joined(arrived).unsqueeze(0)))
+            with self._recorder.paused():  # it may still be active: the model is called again, by no one's step
+                batch.fallback = dict(backpropagation.fallback(joined(arrived).unsqueeze(0)))
         yield from (batch.fallback or {}).items()
 
     def _check_repeatable(self, batch: TrackedBatch) -> None:
@@ -252,10 +259,8 @@ class Track:
         batches = [dict(self._each(batch, True)) for batch in self._done()]
         rows: list[list[Tensor]] = []
         for i, left in enumerate(batches):
-            parts: list[Tensor] = []
-            for j, right in enumerate(batches):
-                parts.append(rows[j][i].T if j < i else inner_products(left, right)[0, :, 0])
-            rows.append(parts)
+            rows.append([rows[j][i].T for j in range(i)])
+            rows[i] += [inner_products(left, right)[0, :, 0] for right in batches[i:]]
         return rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
 
     def gradient_variance(self) -> dict[str, Tensor]:

@@ -189,6 +189,26 @@ def test_tracking_refuses_what_has_no_per_sample_gradient() -> None:
         t.gradients()
 
 
+@pytest.mark.parametrize("parameter_gradients", [True, False])
+def test_tracking_without_any_closed_rule(parameter_gradients: bool) -> None:
+    """Several passes, two backward passes through one call, and asking while the track is active."""
+    model = Function(lambda m, x: torch.sin(x[:, :, None] * m.rate.exp()).sum(1), rate=nn.Parameter(torch.rand(3, 4)))
+    batches = [data(3), data(5)]
+    truth = [reference.per_sample_gradients(model, LOSS, batch)["rate"] for batch in batches]
+    with tc.track(model, parameter_gradients=parameter_gradients) as t:
+        for x, y in batches:
+            LOSS(model(x), y).backward()
+        close(t.gradients()["rate"], torch.cat(truth))
+        close(t.gradient_norms(), torch.cat(truth).flatten(1).norm(dim=1))
+    assert t.coverage()["rate"].startswith("fallback")
+    x, y = batches[0]
+    with tc.track(model, parameter_gradients=parameter_gradients) as t:
+        loss = LOSS(model(x), y)
+        for times in (1.0, 2.0):
+            loss.backward(retain_graph=True)
+            close(t.gradients()["rate"], times * truth[0])
+
+
 def test_fallback_parameters_must_not_have_moved_since() -> None:
     model = Function(
         lambda m, x: torch.sin(m.layer(x) * m.rate.exp()), layer=nn.Linear(3, 4), rate=nn.Parameter(torch.rand(4))
