@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "joining": set(),
     "norms": {"factors", "ops"},
     "diagonals": {"norms", "factors"},
+    "grams": {"norms", "factors"},
     "closed_rules": {"unfolding", "joining", "plan", "capture", "recorder", "factors"},
     "backprop": {
         "closed_rules",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
     "attached": {"capture", "recorder"},
     "tracking": {
         "norms",
+        "grams",
         "attached",
         "detaching",
         "backprop",
@@ -81,6 +83,7 @@ MAY_IMPORT = {
     "matrices": {
         "joining",
         "diagonals",
+        "grams",
         "norms",
         "second_nodes",
         "second_order",

@@ -21,6 +21,7 @@ from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
 from .factors import Factor, gradient_moments, inner_products
+from .grams import total_gram
 from .norms import total_squared_norms
 from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError
@@ -37,7 +38,6 @@ class TrackedBatch:
     derivatives: dict[int, Tensor] = field(default_factory=dict)  # at the edges
     arrived: dict[int, Tensor] = field(default_factory=dict)  # at the outputs, by leaf
     output_shapes: list[tuple[int, torch.Size]] = field(default_factory=list)
-    output_like: Tensor | None = None
     uses: int = 0  # recorded inside the model's call
     escaped: frozenset[str] = frozenset()
     versions: dict[str, int] = field(default_factory=dict)
@@ -158,7 +158,6 @@ class Track:
             )
             batch.backpropagation.once = True
             captured.outputs = outputs.detach()  # the graph is the user's to keep or free
-            batch.output_like = captured.outputs
             plan = batch.backpropagation.plan
             if attached is not None:
                 for name in self._parameters.keys() - plan.closed.keys():
@@ -201,8 +200,7 @@ class Track:
         yield from backpropagation.each([None if d is None else d.unsqueeze(0) for d in derivatives], None, together)
         if backpropagation.plan.fallback and batch.fallback is None:
             self._check_repeatable(batch)
-            like = batch.output_like
-            assert like is not None
+            like = backpropagation.captured.outputs
             arrived = [
                 batch.arrived.get(i, torch.zeros(shape, dtype=like.dtype, device=like.device))
                 for i, shape in batch.output_shapes
@@ -259,8 +257,8 @@ class Track:
         batches = [dict(self._each(batch, True)) for batch in self._done()]
         rows: list[list[Tensor]] = []
         for i, left in enumerate(batches):
-            rows.append([rows[j][i].T for j in range(i)])
-            rows[i] += [inner_products(left, right)[0, :, 0] for right in batches[i:]]
+            before = [rows[j][i].T for j in range(i)]
+            rows.append([*before, total_gram(left), *(inner_products(left, r)[0, :, 0] for r in batches[i + 1 :])])
         return rows[0][0] if len(rows) == 1 else torch.cat([torch.cat(parts, 1) for parts in rows])
 
     def gradient_variance(self) -> dict[str, Tensor]:

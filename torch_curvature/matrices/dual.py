@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factor, inner_products
+from ..grams import total_gram
 from .memory import large_matrix
 
 Kept = tuple[int, int, dict[str, Factor], "Tensor | None"]  # V, N, factors, sign
@@ -80,6 +81,8 @@ def gram_of(matrix: Any, what: str = "gram") -> Tensor:
 
 def between(left: Kept, right: Kept) -> Tensor:
     """[N V, N2 V2] of two batches, symmetric to the bit for one with itself."""
+    if left is right:
+        return total_gram(left[2])
     full = inner_products(left[2], right[2])
     V, N, V2, N2 = full.shape
     return full.permute(1, 0, 3, 2).reshape(N * V, N2 * V2)

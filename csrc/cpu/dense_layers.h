@@ -1,0 +1,26 @@
+// What the helpers for dense layers with one position a sample take: g_l [V, N, O_l], a_l [N, I_l] and a number each.
+#pragma once
+#include "kernel.h"
+
+#include <vector>
+
+namespace torch_curvature::cpu {
+
+inline void check_dense_layers(const char* op, const std::vector<Tensor>& g, const std::vector<Tensor>& a,
+                               const std::vector<int64_t>& bias) {
+  CURVATURE_CHECK(!g.empty() && g.size() == a.size() && g.size() == bias.size() && g[0].dim() == 3, op,
+                  ": as many g [V, N, O] as a [N, I] and biases are needed.");
+  const int64_t V = g[0].size(0), N = g[0].size(1);
+  const ScalarType dtype = g[0].scalar_type();
+  CURVATURE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": float32 or float64 is needed.");
+  for (size_t l = 0; l < g.size(); ++l) {
+    CURVATURE_CHECK(g[l].scalar_type() == dtype && a[l].scalar_type() == dtype, op, ": layer ", l,
+                    " has another dtype.");
+    CURVATURE_CHECK(g[l].dim() == 3 && a[l].dim() == 2 && g[l].size(0) == V && g[l].size(1) == N && a[l].size(0) == N,
+                    op, ": layer ", l, " has g ", shape_text(g[l]), " and a ", shape_text(a[l]), ", not [", V, ", ", N,
+                    ", O] and [", N, ", I].");
+    CURVATURE_CHECK((g[l].size(2) < 2 || g[l].stride(2) == 1) && (a[l].size(1) < 2 || a[l].stride(1) == 1), op,
+                    ": entries of layer ", l, " are not contiguous.");
+  }
+}
+}  // namespace torch_curvature::cpu
