@@ -56,7 +56,7 @@ class Patches:
 
     def jacobian(self, g: Tensor) -> Tensor:
         """``sum_s g[v,n,s] (x) a[n,s]`` [V, N, O C K]."""
-        found: Tensor = _jacobian(g, self.images, self.geometry)
+        found: Tensor = _jacobian(g, self.images, self.geometry, False)
         return found
 
     def diagonal(self, g: Tensor, sign: Tensor | None) -> Tensor:
@@ -70,7 +70,7 @@ class Patches:
         each = V * N * self._inputs() * g.element_size()  # bytes of one output
         step = max(1, SLAB_BYTES // max(1, PANEL * each)) * PANEL
         for start in range(0, O, step):
-            J = self.jacobian(g[..., start : start + step]).unsqueeze(2)
+            J = _jacobian(g[..., start : start + step], self.images, self.geometry, True).unsqueeze(2)  # in any order
             ones = J.new_ones(1, 1, 1).expand(J.shape[1], 1, 1)
             add_to = jacobian_gram(J, ones, add_to=add_to)
         assert add_to is not None

@@ -5,8 +5,9 @@
 //   J[v, n][o, (c, ky, kx)] = sum_{y, x} g[v, n, (y, x), o] input[n, c, y sy + ky dy - py, x sx + kx dx - px]
 //
 // Shapes: g [V, N, S, O], input [N, C, H, W]; geometry: kernel, stride, padding (top, left), dilation and output
-// positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K], convolution_norms their
-// squared norms [V, N], convolution_diagonal sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
+// positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K] or, `tiled`, its entries
+// as they come, [V, N, panels of O][K][C][kCols] with zeros in the last panel: for inner products. convolution_norms
+// gives squared norms [V, N], convolution_diagonal sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
 //
 // The numbers of the input are read where they lie (convolution.h), a few channels at a time, and multiply panels of g
 // in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result once.
@@ -25,6 +26,7 @@ struct Problem {
   int64_t parts() const { return geometry.y.stride * geometry.x.stride; }
   int64_t places() const { return geometry.y.kernel * geometry.x.kernel; }
   int64_t entries() const { return geometry.O * geometry.C * places(); }
+  int64_t tiled_entries() const { return panels<T>(geometry.O) * places() * geometry.C * kCols<T>; }
   int64_t tiles() const { return places() * divide_up(geometry.C, kRows) * panels<T>(geometry.O); }
   bool worth_threads() const {
     return double(V) * N * geometry.y.out * geometry.x.out * double(entries()) > kWorthThreads;
@@ -116,6 +118,18 @@ struct Problem {
     });
   }
 
+  void tiled_jacobian() const {
+    constexpr int64_t W = kCols<T>;
+    share_columns([&](int64_t n, int64_t v0, int64_t v1, const auto& each) {
+      each(n, v0, v1, [&](int64_t v, int64_t place, int64_t c, int64_t q, const T* tile, int64_t rows, int64_t cols) {
+        T* to = out + (v * N + n) * tiled_entries() + ((q * places() + place) * geometry.C + c) * W;
+        if (cols == W) return void(std::copy_n(tile, rows * W, to));
+        for (int64_t r = 0; r < rows; ++r)
+          std::fill(std::copy_n(tile + r * W, cols, to + r * W), to + (r + 1) * W, T(0));
+      });
+    });
+  }
+
   // Sums in tiles for a fixed number of pieces of the batch, added in order: they do not depend on the threads.
   void diagonal() const {
     constexpr int64_t W = kCols<T>, kTile = kRows * W, kMost = (int64_t{1} << 26) / sizeof(T);
@@ -141,7 +155,7 @@ struct Problem {
   }
 };
 
-enum class Wanted { kNorms, kJacobian, kDiagonal };
+enum class Wanted { kNorms, kJacobian, kTiled, kDiagonal };
 
 Geometry check_geometry(const char* op, const Tensor& g, const Tensor& input, const std::vector<int64_t>& numbers) {
   CURVATURE_CHECK(g.dim() == 4 && input.dim() == 4, op, ": 'g' must be [V, N, S, O] and 'input' [N, C, H, W], got ",
@@ -161,6 +175,11 @@ Geometry check_geometry(const char* op, const Tensor& g, const Tensor& input, co
   return z;
 }
 
+int64_t padded_outputs(const Tensor& g) {
+  return g.scalar_type() == ScalarType::Double ? panels<double>(g.size(3)) * kCols<double>
+                                               : panels<float>(g.size(3)) * kCols<float>;
+}
+
 Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std::vector<int64_t>& numbers,
                  const std::optional<Tensor>& sign, Wanted wanted) {
   const Geometry z = check_geometry(op, g, input, numbers);
@@ -171,6 +190,7 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
   Tensor out = new_result(op, g,
                           wanted == Wanted::kNorms      ? Sizes{V, N}
                           : wanted == Wanted::kJacobian ? Sizes{V, N, z.O * inputs}
+                          : wanted == Wanted::kTiled    ? Sizes{V, N, padded_outputs(g) * inputs}
                                                         : Sizes{z.O, inputs});
   if (V * N * z.O * inputs == 0) return torch::stable::zero_(out);
   dispatch_floating(g.scalar_type(), [&](auto* type) {
@@ -193,6 +213,7 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
                                static_cast<T*>(out.data_ptr())};
       wanted == Wanted::kNorms      ? problem.norms()
       : wanted == Wanted::kJacobian ? problem.jacobian()
+      : wanted == Wanted::kTiled    ? problem.tiled_jacobian()
                                     : problem.diagonal();
     } else {
       CURVATURE_CHECK(false, op, ": float32 or float64 is needed.");
@@ -204,8 +225,8 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
 Tensor convolution_norms(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry) {
   return convolved("convolution_norms", g, input, geometry, {}, Wanted::kNorms);
 }
-Tensor convolution_jacobian(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry) {
-  return convolved("convolution_jacobian", g, input, geometry, {}, Wanted::kJacobian);
+Tensor convolution_jacobian(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry, bool tiled) {
+  return convolved("convolution_jacobian", g, input, geometry, {}, tiled ? Wanted::kTiled : Wanted::kJacobian);
 }
 Tensor convolution_diagonal(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry,
                             std::optional<Tensor> sign) {
@@ -215,7 +236,7 @@ Tensor convolution_diagonal(const Tensor& g, const Tensor& input, const std::vec
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
   m.def("convolution_norms(Tensor g, Tensor input, int[] geometry) -> Tensor");
-  m.def("convolution_jacobian(Tensor g, Tensor input, int[] geometry) -> Tensor");
+  m.def("convolution_jacobian(Tensor g, Tensor input, int[] geometry, bool tiled) -> Tensor");
   m.def("convolution_diagonal(Tensor g, Tensor input, int[] geometry, Tensor? sign) -> Tensor");
 }
 

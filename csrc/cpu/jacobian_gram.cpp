@@ -7,6 +7,7 @@
 //             (gram_of_rows.h where one batch with itself has few rows)
 // Without g2, a2 each pair of rows is met once (half of the above) and written twice: symmetric to the bit.
 // Neither an array over pairs of positions nor all of J is stored. Bytes moved: those of the operands and of out.
+#include "gram_of_long_rows.h"
 #include "gram_of_rows.h"
 
 namespace torch_curvature::cpu {
@@ -185,6 +186,8 @@ void gram_into(const Tensor& g, const Tensor& a, const std::optional<Tensor>& g2
   const Jacobian<T> left(g, a, s.left), right(g2 ? *g2 : g, a2 ? *a2 : a, s.right);
   const GramOutput<T> to{static_cast<T*>(out.data_ptr()), s.left.N, s.right.V, s.right.N, add};
   const bool threads = std::min(overlaps, formed) > kWorthThreads;
+  if (S == 1 && !g2 && worth_long_rows(R, O, I, kLongStep<accumulate_t<T>>))
+    return gram_of_long_rows<T>(left, threads, to);
   if (S * S2 == 1) return by_outputs<T>(left, right, !g2, threads, to);
   if (overlaps <= formed) return by_overlaps<T>(left, right, !g2, threads, to);
   if (!g2 && worth_rows<accumulate_t<T>>(R, O, I)) return gram_of_rows<T>(left, threads, to);

@@ -115,16 +115,20 @@ CURVATURE_CLONES void pack_rows_in_order(const T* x, int64_t depth, int64_t dept
 }
 
 // Four rows of four floats, transposed in registers of the smallest instruction set, to rows `apart`.
-CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to, int64_t apart) {
+CURVATURE_INLINE void transpose_four(const float* x0, const float* x1, const float* x2, const float* x3, float* to,
+                                     int64_t apart) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  const Four a = *reinterpret_cast<const Four*>(x), b = *reinterpret_cast<const Four*>(x + stride),
-             c = *reinterpret_cast<const Four*>(x + 2 * stride), d = *reinterpret_cast<const Four*>(x + 3 * stride);
+  const Four a = *reinterpret_cast<const Four*>(x0), b = *reinterpret_cast<const Four*>(x1),
+             c = *reinterpret_cast<const Four*>(x2), d = *reinterpret_cast<const Four*>(x3);
   const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7),
              cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
   *reinterpret_cast<Four*>(to) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
   *reinterpret_cast<Four*>(to + apart) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
   *reinterpret_cast<Four*>(to + 2 * apart) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
   *reinterpret_cast<Four*>(to + 3 * apart) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+}
+CURVATURE_INLINE void transpose_four(const float* x, int64_t stride, float* to, int64_t apart) {
+  transpose_four(x, x + stride, x + 2 * stride, x + 3 * stride, to, apart);
 }
 
 // to[c apart + r] = x[r stride + c], four by four in registers where both are float32 and contiguous that far.
@@ -181,11 +185,19 @@ CURVATURE_CLONES void pack_panel(const T* x, int64_t depth, int64_t depth_stride
 template <class T, class A>
 CURVATURE_CLONES void pack_rows(const T* const* rows, int64_t stride, int64_t depth, int64_t count,
                                 A* __restrict__ out) {
-  constexpr int64_t W = kCols<A>, kStep = 16;
+  constexpr int64_t W = kCols<A>, kStep = 128;
   if (count < W) std::fill(out, out + depth * W, A(0));
   for (int64_t k0 = 0; k0 < depth; k0 += kStep) {
-    const int64_t k1 = std::min(depth, k0 + kStep);
-    for (int64_t c = 0; c < count; ++c)
+    const int64_t k1 = std::min(depth, k0 + kStep), whole = k0 + (k1 - k0) / 4 * 4;
+    int64_t c = 0;
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float>)
+      for (; stride == 1 && c + 4 <= count; c += 4) {
+        for (int64_t k = k0; k < whole; k += 4)
+          transpose_four(rows[c] + k, rows[c + 1] + k, rows[c + 2] + k, rows[c + 3] + k, out + k * W + c, W);
+        for (int64_t k = whole; k < k1; ++k)
+          for (int64_t r = c; r < c + 4; ++r) out[k * W + r] = rows[r][k];
+      }
+    for (; c < count; ++c)
       for (int64_t k = k0; k < k1; ++k) out[k * W + c] = static_cast<A>(rows[c][k * stride]);
   }
 }

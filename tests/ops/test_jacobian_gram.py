@@ -46,3 +46,29 @@ def test_one_position_of_many_outputs_or_inputs(O: int, I: int, dtype: torch.dty
         added = tc.ops.jacobian_gram(g, a, *others, add_to=held.clone())
         assert ((added.double() - held.double() - want).abs() <= bound).all()
         assert others or torch.equal(found, found.permute(2, 3, 0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("V", "N"), [(1, 1), (5, 1), (1, 33), (3, 41), (2, 128), (1, 257)])
+def test_few_rows_that_are_long(V: int, N: int, dtype: torch.dtype) -> None:
+    """Whatever lies between the rows' entries, and with an input of one number; on one thread the same to the bit."""
+    O = 4107 + 8 * V * N
+    wide, a = torch.randn(V, N, 1, 2 * O).to(dtype), torch.randn(N, 1, 1).to(dtype)
+    turned = torch.randn(O, N, 1, V).to(dtype).permute(3, 1, 2, 0)
+    for g in (wide[..., :O], wide[..., ::2], turned):
+        J = (g.double() * a.double())[:, :, 0]
+        want = torch.einsum("vnp,wmp->vnwm", J, J)
+        accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        bound = torch.finfo(dtype).eps * want.abs() + 4 * accumulation * O**0.5 * J.norm(dim=-1).max().square()
+        gram = tc.ops.jacobian_gram(g, a)
+        assert ((gram.double() - want).abs() <= bound).all()
+        assert torch.equal(gram, gram.permute(2, 3, 0, 1))
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(tc.ops.jacobian_gram(g, a), gram)
+        finally:
+            torch.set_num_threads(threads)
+    held = torch.randn_like(gram)
+    added, total = tc.ops.jacobian_gram(g, a, add_to=held.clone()), held.double() + want
+    assert ((added.double() - total).abs() <= bound + torch.finfo(dtype).eps * total.abs()).all()
