@@ -80,7 +80,8 @@ def _tracked(p: Problem, ask: Callable[[Any], Tensor], parameter_gradients: bool
     """A step of training, with the gradients of the parameters or without (which the peers cannot leave out)."""
 
     def run() -> Tensor:
-        p.model.zero_grad()
+        if parameter_gradients:  # else .grad is left as it is
+            p.model.zero_grad()
         with tc.track(p.model, parameter_gradients=parameter_gradients) as t:
             LOSS(p.model(p.x), p.y).backward()
         return ask(t)
