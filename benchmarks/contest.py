@@ -87,6 +87,7 @@ def measure(workload: Workload, device: torch.device, limits: dict[str, float], 
         "name": workload.name, "title": workload.title, "target": workload.target,
         "floor_ms": max(compute, memory), "compute_ms": compute, "memory_ms": memory,
         "flops": case.flops, "bytes": case.bytes,
+        "products_ms": (case.flops - case.flops_of_passes) / limits["matmul"] * 1e3,
         "bounds": bounds(case.flops, case.bytes, gpu_name(device)), "contestants": {},
     }  # fmt: skip
     found, runs, first, pages = entry["contestants"], {}, {}, {}

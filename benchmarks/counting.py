@@ -41,12 +41,19 @@ def passes(p: Problem, columns: int) -> float:
     return sum(2.0 * N * S * O * I * (1 + columns * (not first)) for N, S, O, I, first in layers(p))
 
 
+def flops_of_passes(p: Problem, quantity: str) -> float:
+    """Those of the passes that a quantity is made of: one column for a gradient; all there is to a product."""
+    if quantity == "product":
+        return count(p, quantity)[0]
+    return passes(p, 1 if quantity in ("norms", "gram") else columns_of(p.classes, quantity))
+
+
 def count(p: Problem, quantity: str) -> tuple[float, float]:
     """(flops, bytes of the result) of a quantity of the mean cross entropy."""
     found = list(layers(p))
     V, element = columns_of(p.classes, quantity), p.x.element_size()
     P, N = p.size, len(p.x)
-    flops = {"product": 0.0, "norms": passes(p, 1), "gram": passes(p, 1)}.get(quantity, passes(p, V))
+    flops = 0.0 if quantity == "product" else flops_of_passes(p, quantity)
     size = {"diagonal": P, "product": P, "norms": N, "gram": N * N, "kernel": (N * V) ** 2, "dense": P * P}.get(
         quantity
     )

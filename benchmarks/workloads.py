@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional, hessians, operators, ours, passes, peers, problems
-from .counting import count, count_hessian, count_hessian_blocks
+from .counting import count, count_hessian, count_hessian_blocks, flops_of_passes
 from .ours import Contestant
 from .problems import Problem
 
@@ -25,6 +25,7 @@ class Case:
     bytes: float
     tolerance: float = 1e-3
     passes: dict[str, Callable[[], object]] = field(default_factory=dict)
+    flops_of_passes: float = 0.0
 
 
 @dataclass
@@ -153,7 +154,8 @@ def _case(kind: str, N: int, quantity: str, device: torch.device) -> Case:
     flops, moved = counted(p) if counted else count(p, quantity)
     contestants = {label: (lambda maker=maker: maker(p)) for label, maker in makers.items()}
     ways = passes.of(p, quantity)
-    return Case(contestants, lambda: reference(p.to(torch.float64)), flops, moved, passes=ways)
+    within = flops_of_passes(p, quantity) if ways else 0.0
+    return Case(contestants, lambda: reference(p.to(torch.float64)), flops, moved, passes=ways, flops_of_passes=within)
 
 
 def _workload(quantity: str, kind: str, N: int, title: str, target: str, quick: bool = True) -> Workload:

@@ -51,6 +51,14 @@ def test_what_is_missed_is_listed_with_what_the_floor_allows() -> None:
         "- fast: 10.00 of 20; at the floor it would be 5.00, at torch's passes alone it would be 4.00, so the aim lies "
         "beyond the floor and torch's passes alone",
     ]
+    some, many = ({**entry(), "products_ms": x} for x in (0.25, 0.5))
+    assert page.missed({"workloads": [some]}).endswith(
+        "4.00; it allows 1.67 ms: 1.25 for torch's passes, 0.25 for the products at the floor, 0.17 for all else, "
+        "which takes 0.5"
+    )
+    assert page.missed({"workloads": [many]}).endswith(
+        "4.00, at torch's passes and the products at the floor it would be 2.86, so the aim lies beyond both together"
+    )
     assert page.missed({"workloads": [entry(ours=1.0)]}) == "Every aim is reached."
     slow_passes = {**entry(), "passes": {"step": timed(2.5)}}
     assert page.missed({"workloads": [slow_passes]}).endswith("2.00, so the aim lies beyond torch's passes alone")
