@@ -7,8 +7,9 @@
 // Shapes: g_l [V, N, O_l], a_l [N, I_l], b_l 1 where a bias goes with the weight, else 0; a_l with I_l = 0 leaves only
 // b_l; out [N V, N V]. Entries are contiguous. A task is a pair of panels of kCols rows (n, v): a tile of each layer is
 // multiplied in registers, weighted by the inner products of the inputs and added up in the first cache, and the sum
-// written once and once mirrored: symmetric to the bit. Flops: sum over layers of (N V)^2 (O + 2) + N^2 I; bytes: those
-// of out once, of packed rows N V / kCols times from the caches.
+// written once and once mirrored: symmetric to the bit. With V > 1 the inner products of inputs are kept for V^2 layers
+// at a time, which is as much memory as the result. Flops: sum over layers of (N V)^2 (O + 2) + N^2 I; bytes: those of
+// out once, of packed rows N V / kCols times from the caches.
 #include "dense_layers.h"
 #include "jacobian_gram.h"
 
@@ -20,7 +21,7 @@ struct GramLayer {
   const T *g, *a;
   int64_t gv, gn, an, O, I;
   T bias;
-  int64_t of_g, of_a, inputs;  // where its packed rows begin, and its inner products of inputs
+  int64_t of_g, of_a;  // where its packed rows begin
 };
 
 template <class T>
@@ -36,7 +37,8 @@ class DenseGram {
         P_(panels<T>(R_)),
         Q_(panels<T>(N)),
         packed_(layers_.back().of_a + Q_ * layers_.back().I * W),
-        inputs_(V > 1 ? static_cast<int64_t>(layers_.size()) * N * Q_ * W : 0) {}
+        group_(V > 1 ? std::min<int64_t>(layers_.size(), V * V) : layers_.size()),
+        inputs_(V > 1 ? group_ * N * Q_ * W : 0) {}
 
   void into(T* out) {
     double cost = 0;
@@ -44,15 +46,18 @@ class DenseGram {
     const bool threads = cost > kWorthThreads;
     const int64_t L = static_cast<int64_t>(layers_.size());
     share_tasks(P_ + Q_, threads, [&](int64_t p) { p < P_ ? pack_outputs(p) : pack_inputs(p - P_); });
-    if (V_ > 1)
-      share_tasks(L * Q_ * Q_, threads, [&](int64_t task) {
-        const int64_t p = task / Q_ % Q_, q = task % Q_;
-        if (p <= q) multiply_inputs(layers_[task / (Q_ * Q_)], p, q);
+    for (int64_t l = 0; l < L; l += group_) {
+      const int64_t end = std::min(L, l + group_);
+      if (V_ > 1)
+        share_tasks((end - l) * Q_ * Q_, threads, [&](int64_t task) {
+          const int64_t k = task / (Q_ * Q_), p = task / Q_ % Q_, q = task % Q_;
+          if (p <= q) multiply_inputs(layers_[l + k], inputs_ + k * N_ * Q_ * W, p, q);
+        });
+      share_tasks(P_ * P_, threads, [&](int64_t task) {
+        const int64_t p = task / P_, q = task % P_;
+        if (p <= q) block(l, end, p, q, out);
       });
-    share_tasks(P_ * P_, threads, [&](int64_t task) {
-      const int64_t p = task / P_, q = task % P_;
-      if (p <= q) block(p, q, out);
-    });
+    }
   }
 
  private:
@@ -87,20 +92,18 @@ class DenseGram {
                   std::min(kRows, width(rows, p) - band * kRows), width(rows, q), k > 0);
   }
 
-  // a[n] . a[m] + b of two panels of samples, to [l][n][m] and mirrored.
-  void multiply_inputs(const GramLayer<T>& l, int64_t p, int64_t q) {
+  // a[n] . a[m] + b of two panels of samples, to [n][m] and mirrored.
+  void multiply_inputs(const GramLayer<T>& l, T* to, int64_t p, int64_t q) const {
     alignas(64) T tile[W * W], turned[W * W];
     product(l.of_a, l.I, N_, p, q, tile);
     for (T& value : tile) value += l.bias;
-    T* to = inputs_ + l.inputs;
     put_rows<T, T>(tile, W, width(N_, p), W, to + p * W * Q_ * W + q * W, Q_ * W, false);
     transpose_tile<T>(tile, W, width(N_, p), width(N_, q), turned);
     if (p < q) put_rows<T, T>(turned, W, width(N_, q), width(N_, p), to + q * W * Q_ * W + p * W, Q_ * W, false);
   }
 
   // weight[c] = a[n] . a[m] + b of the samples m of the rows (m, w) in panel q.
-  void spread_inputs(const GramLayer<T>& l, int64_t n, int64_t q, T* weight) const {
-    const T* row = inputs_ + l.inputs + n * Q_ * W;
+  void spread_inputs(const T* row, int64_t q, T* weight) const {
     int64_t r = q * W;
     const int64_t last = r + width(R_, q);
     while (r < last) {
@@ -114,10 +117,12 @@ class DenseGram {
     for (int64_t c = 0; c < W; ++c) sum[c] += x[c] * weight[c];
   }
 
-  void block(int64_t p, int64_t q, T* out) const {
+  // Layers begin.. to end.. of a pair of panels, added to those before them.
+  void block(int64_t begin, int64_t end, int64_t p, int64_t q, T* out) const {
     const int64_t rows = width(R_, p), cols = width(R_, q);
     alignas(64) T sum[W * W] = {}, tile[W * W], weights[W * W] = {};
-    for (const GramLayer<T>& l : layers_) {
+    for (int64_t k = begin; k < end; ++k) {
+      const GramLayer<T>& l = layers_[k];
       product(l.of_g, l.O, R_, p, q, tile);
       if (V_ == 1) {
         product(l.of_a, l.I, N_, p, q, weights);
@@ -125,7 +130,8 @@ class DenseGram {
       }
       for (int64_t r = 0, known = -1; r < rows; ++r) {
         const int64_t n = (p * W + r) / V_;
-        if (V_ > 1 && n != known) spread_inputs(l, known = n, q, weights);
+        if (V_ > 1 && n != known) spread_inputs(inputs_ + ((k - begin) * N_ + n) * Q_ * W, q, weights);
+        known = n;
         add_row(tile + r * W, weights + (V_ > 1 ? 0 : r * W), sum + r * W);
       }
     }
@@ -133,16 +139,18 @@ class DenseGram {
     if (p == q) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < r; ++c) sum[r * W + c] = sum[c * W + r];
-      return put_rows<T, T>(sum, W, rows, cols, to, R_, false);
+      return put_rows<T, T>(sum, W, rows, cols, to, R_, begin > 0);
     }
-    put_rows<T, T>(sum, W, rows, cols, to, R_, false);
+    put_rows<T, T>(sum, W, rows, cols, to, R_, begin > 0);
     transpose_tile<T>(sum, W, rows, cols, tile);
-    put_rows<T, T>(tile, W, cols, rows, out + q * W * R_ + p * W, R_, false);
+    put_rows<T, T>(tile, W, cols, rows, out + q * W * R_ + p * W, R_, begin > 0);
   }
 
   const std::vector<GramLayer<T>> layers_;
   const int64_t V_, N_, R_, P_, Q_;  // rows (n, v), and panels of them and of samples
-  const Buffer<T> packed_, inputs_;
+  const Buffer<T> packed_;
+  const int64_t group_;  // of layers whose products of inputs are no larger than the result
+  const Buffer<T> inputs_;
   const TileProduct<T> multiply_ = tile_product<T>();
 };
 
@@ -150,14 +158,13 @@ template <class T>
 void gram(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const std::vector<int64_t>& bias, int64_t V,
           int64_t N, T* out) {
   std::vector<GramLayer<T>> layers;
-  int64_t packed = 0, inputs = 0;
+  int64_t packed = 0;
   const int64_t P = panels<T>(N * V), Q = panels<T>(N);
   for (size_t l = 0; l < g.size(); ++l) {
     const int64_t O = g[l].size(2), I = a[l].size(1), of_a = packed + P * O * kCols<T>;
     layers.push_back({static_cast<const T*>(g[l].data_ptr()), static_cast<const T*>(a[l].data_ptr()), g[l].stride(0),
-                      g[l].stride(1), a[l].stride(0), O, I, static_cast<T>(bias[l]), packed, of_a, inputs});
+                      g[l].stride(1), a[l].stride(0), O, I, static_cast<T>(bias[l]), packed, of_a});
     packed = of_a + Q * I * kCols<T>;
-    inputs += N * Q * kCols<T>;
   }
   DenseGram<T>(std::move(layers), V, N).into(out);
 }

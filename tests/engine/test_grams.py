@@ -95,6 +95,16 @@ def test_the_helper(dtype: torch.dtype, V: int, N: int) -> None:
             torch.set_num_threads(threads)
 
 
+def test_more_layers_than_are_taken_at_a_time() -> None:
+    for V, layers in ((1, 3), (2, 9), (3, 10)):
+        g, a = ([torch.randn(*shape) for _ in range(layers)] for shape in ((V, 40, 6), (40, 5)))
+        bias = [k % 2 for k in range(layers)]
+        found = dense_gram(g, a, bias)
+        one_by_one = sum(dense_gram([x], [y], [b]) for x, y, b in zip(g, a, bias, strict=True))
+        torch.testing.assert_close(found, one_by_one)
+        assert torch.equal(found, found.T)
+
+
 def test_values_that_are_not_finite_stay_where_they_are() -> None:
     g, a = torch.randn(2, 40, 6), torch.randn(40, 5)
     g[1, 7, 3] = torch.nan
