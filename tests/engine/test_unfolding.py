@@ -224,3 +224,21 @@ def test_padded_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: i
             expected = torch.nn.functional.unfold(x, (3, 2), **options).mT
             assert torch.equal(use.activation(), expected)
             assert torch.equal(use.part(slice(1, 3)), expected[1:3])
+
+
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_dual_of_one_column(
+    name: str, images: bool, small_parts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the empirical Fisher matrix: inputs are not kept unfolded, and several batches meet each other."""
+    if not images:
+        monkeypatch.setattr(Patches, "suit", lambda self, g: False)
+    model, x, y = build(name)
+    rows = expected(model, x, y) * len(x) ** 0.5  # gradients of a mean's samples carry 1/N, columns its root
+    for data in ((x, y), [(x[:3], y[:3]), (x[3:], y[3:])]):
+        matrix = tc.EmpiricalFisher(model, LOSS, data)
+        gram = matrix.gram()
+        assert torch.equal(gram, gram.T)
+        close(gram, rows @ rows.T)
+        close(matrix.frobenius_norm(), (rows @ rows.T).norm())

@@ -104,6 +104,7 @@ class Matrix(abc.ABC):
 
     title: str
     uses_loss = True
+    one_column = False  # of each batch, so that an input is met once and need not be kept unfolded
 
     def __init__(
         self,

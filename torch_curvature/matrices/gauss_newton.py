@@ -115,6 +115,7 @@ class EmpiricalFisher(QuadraticMatrix):
     """
 
     title = "EmpiricalFisher"
+    one_column = True
 
     def _columns(self, batch: Batch, limit: int) -> Columns:
         yield batch.bound.gradient().detach().unsqueeze(0), None
