@@ -7,6 +7,7 @@
 // Shapes: g_l [V, N, O_l], a_l [N, I_l], sign [V, N], wanted_l 1 for the weight, 2 for the bias, 3 for both, which is
 // also the order of the results. A task is eight outputs of a layer, all samples: no sum depends on the threads. 2 N O
 // I + 3 V N O flops, bytes of g and a once; the squares of all a are packed first.
+#include "dense_layers.h"
 #include "jacobian.h"
 
 namespace torch_curvature::cpu {
@@ -128,18 +129,11 @@ void diagonals(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const
 std::vector<Tensor> dense_diagonals(const std::vector<Tensor>& g, const std::vector<Tensor>& a,
                                     const std::vector<int64_t>& wanted, std::optional<Tensor> sign) {
   const char* op = "dense_diagonals";
-  CURVATURE_CHECK(!g.empty() && g.size() == a.size() && g.size() == wanted.size() && g[0].dim() == 3, op,
-                  ": as many g [V, N, O] as a [N, I] and wanted are needed.");
+  check_dense_layers(op, g, a, wanted);
   const int64_t V = g[0].size(0), N = g[0].size(1);
   const ScalarType dtype = g[0].scalar_type();
-  CURVATURE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": float32 or float64 is needed.");
   for (size_t l = 0; l < g.size(); ++l) {
-    CURVATURE_CHECK(g[l].scalar_type() == dtype && a[l].scalar_type() == dtype, op, ": layer ", l,
-                    " has another dtype.");
-    CURVATURE_CHECK(g[l].dim() == 3 && a[l].dim() == 2 && g[l].size(0) == V && g[l].size(1) == N && a[l].size(0) == N &&
-                        g[l].size(2) > 0,
-                    op, ": layer ", l, " has g ", shape_text(g[l]), " and a ", shape_text(a[l]), ", not [", V, ", ", N,
-                    ", O] and [", N, ", I].");
+    CURVATURE_CHECK(g[l].size(2) > 0, op, ": layer ", l, " has g ", shape_text(g[l]), ", no outputs.");
     CURVATURE_CHECK(1 <= wanted[l] && wanted[l] <= 3, op, ": nothing is wanted of layer ", l, ".");
   }
   if (sign)

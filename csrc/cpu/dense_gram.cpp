@@ -17,10 +17,7 @@ namespace torch_curvature::cpu {
 namespace {
 
 template <class T>
-struct GramLayer {
-  const T *g, *a;
-  int64_t gv, gn, an, O, I;
-  T bias;
+struct GramLayer : DenseLayer<T> {
   int64_t of_g, of_a;  // where its packed rows begin
 };
 
@@ -160,11 +157,10 @@ void gram(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const std:
   std::vector<GramLayer<T>> layers;
   int64_t packed = 0;
   const int64_t P = panels<T>(N * V), Q = panels<T>(N);
-  for (size_t l = 0; l < g.size(); ++l) {
-    const int64_t O = g[l].size(2), I = a[l].size(1), of_a = packed + P * O * kCols<T>;
-    layers.push_back({static_cast<const T*>(g[l].data_ptr()), static_cast<const T*>(a[l].data_ptr()), g[l].stride(0),
-                      g[l].stride(1), a[l].stride(0), O, I, static_cast<T>(bias[l]), packed, of_a});
-    packed = of_a + Q * I * kCols<T>;
+  for (const DenseLayer<T>& l : dense_layers<T>("dense_gram", g, a, bias)) {
+    const int64_t of_a = packed + P * l.O * kCols<T>;
+    layers.push_back({l, packed, of_a});
+    packed = of_a + Q * l.I * kCols<T>;
   }
   DenseGram<T>(std::move(layers), V, N).into(out);
 }

@@ -11,13 +11,6 @@ namespace torch_curvature::cpu {
 namespace {
 
 template <class T>
-struct DenseLayer {
-  const T *g, *a;
-  int64_t gv, gn, an, O, I;
-  T bias;
-};
-
-template <class T>
 CURVATURE_CLONES T sum_of_squares(const T* x, int64_t count) {
   constexpr int64_t L = 64 / sizeof(T);
   T lanes[L] = {}, sum = 0;
@@ -32,13 +25,9 @@ CURVATURE_CLONES T sum_of_squares(const T* x, int64_t count) {
 template <class T>
 void norms(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const std::vector<int64_t>& bias, int64_t V,
            int64_t N, T* out) {
-  std::vector<DenseLayer<T>> layers;
+  const auto layers = dense_layers<T>("dense_norms", g, a, bias);
   int64_t cost = 1;
-  for (size_t l = 0; l < g.size(); ++l) {
-    layers.push_back({static_cast<const T*>(g[l].data_ptr()), static_cast<const T*>(a[l].data_ptr()), g[l].stride(0),
-                      g[l].stride(1), a[l].stride(0), g[l].size(2), a[l].size(1), static_cast<T>(bias[l])});
-    cost += V * g[l].size(2) + a[l].size(1);
-  }
+  for (const DenseLayer<T>& l : layers) cost += V * l.O + l.I;
   parallel_over(N, cost, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t v = 0; v < V; ++v) out[v * N + n] = 0;

@@ -4,7 +4,7 @@
 // The cheaper by counted multiply-adds of
 //   overlaps: sum_st (g_s . g2_t)(a_s . a2_t), tile by tile            N S N2 S2 (I + V V2 O)
 //   formed:   J and J2 in chunks that stay in cache, then J J2^T       (V N S + V2 N2 S2) O I + V N V2 N2 O I
-//             (gram_of_rows.h where one batch with itself has few rows)
+//             (gram_of_rows.h where one batch with itself has few rows, gram_of_long_rows.h where J is given)
 // Without g2, a2 each pair of rows is met once (half of the above) and written twice: symmetric to the bit.
 // Neither an array over pairs of positions nor all of J is stored. Bytes moved: those of the operands and of out.
 #include "gram_of_long_rows.h"

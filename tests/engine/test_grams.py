@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Size, Tensor, nn
@@ -13,23 +11,9 @@ from torch_curvature import grams, reference
 from torch_curvature.factors import Factor
 
 from .test_matrices import close
+from .test_norms import factor, on_the_cpu  # noqa: F401
 
 dense_gram = torch.ops.torch_curvature.dense_gram
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """The helper is one of the CPU."""
-    with torch.device("cpu"):
-        yield
-
-
-def factor(V: int, N: int, S: int, O: int, I: int | None, bias: bool, dtype: torch.dtype) -> Factor:
-    g, a = torch.randn(V, N, S, O, dtype=dtype), None if I is None else torch.randn(N, S, I, dtype=dtype)
-    found = Factor(g, a, Size([O] if I is None else [O, I]))
-    if not bias or a is None:
-        return found
-    return found.with_bias("bias", lambda: torch.cat([a, torch.ones_like(a[..., :1])], -1))
 
 
 def rows_of(factor: Factor) -> Tensor:
@@ -100,8 +84,11 @@ def test_more_layers_than_are_taken_at_a_time() -> None:
         g, a = ([torch.randn(*shape) for _ in range(layers)] for shape in ((V, 40, 6), (40, 5)))
         bias = [k % 2 for k in range(layers)]
         found = dense_gram(g, a, bias)
-        one_by_one = sum(dense_gram([x], [y], [b]) for x, y, b in zip(g, a, bias, strict=True))
-        torch.testing.assert_close(found, one_by_one)
+        expected = sum(
+            torch.einsum("vno,wmo->nvmw", x, x) * (y @ y.T + b)[:, None, :, None]
+            for x, y, b in zip(g, a, bias, strict=True)
+        )
+        torch.testing.assert_close(found, expected.reshape(40 * V, 40 * V))
         assert torch.equal(found, found.T)
 
 

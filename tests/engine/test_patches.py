@@ -57,12 +57,15 @@ def close(found: Tensor, expected: Tensor, scale: Tensor) -> None:
 def test_equals_unfolded(geometry: tuple, V: int, N: int, C: int, O: int, dtype: torch.dtype) -> None:
     seen, g, J = draw(geometry, V, N, C, O, dtype)
     images, sign = seen.images, torch.randn(V, N, dtype=dtype)
+    rows = J.flatten(2)
+    gram = torch.einsum("vnp,wmp->vnwm", rows, rows)
     forms = (g, g.contiguous(), g.flip(2).flip(2)), (images, images.contiguous(memory_format=torch.channels_last))
     for derivatives, x in itertools.product(*forms):
         patches = Patches(x, seen.geometry)
         assert patches.suit(derivatives)
         close(patches.jacobian(derivatives).view_as(J), J, J)
         close(patches.norms(derivatives), J.square().sum((2, 3)), J.square().sum((2, 3)))
+        close(patches.gram(derivatives, None), gram, gram)
         close(patches.diagonal(derivatives, None), J.square().sum((0, 1)), J.square().sum((0, 1)))
         expected = (sign[:, :, None, None] * J.square()).sum((0, 1))
         close(patches.diagonal(derivatives, sign), expected, (sign.abs()[:, :, None, None] * J.square()).sum((0, 1)))
