@@ -90,10 +90,18 @@ def _tracked(p: Problem, ask: Callable[[Any], Tensor], parameter_gradients: bool
 
 
 def norms(p: Problem) -> Contestant:
-    return _tracked(p, lambda t: t.gradient_norms(), False)
+    return lambda: tc.EmpiricalFisher(p.model, LOSS, (p.x, p.y)).gradient_norms(), lambda r: r / len(p.x)
 
 
 def gram(p: Problem) -> Contestant:
+    return lambda: tc.EmpiricalFisher(p.model, LOSS, (p.x, p.y)).gram(), lambda r: r / len(p.x)
+
+
+def tracked_norms(p: Problem) -> Contestant:
+    return _tracked(p, lambda t: t.gradient_norms(), False)
+
+
+def tracked_gram(p: Problem) -> Contestant:
     return _tracked(p, lambda t: t.gradient_gram(), False)
 
 

@@ -76,7 +76,8 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
         problems.reference_norms,
         {
             OURS: ours.norms,
-            f"{OURS}, .grad too": ours.norms_of_step,
+            f"{OURS}, a step": ours.tracked_norms,
+            f"{OURS}, a step, .grad too": ours.norms_of_step,
             "plain torch": ours.plain_norms,
             "BackPACK": peers.backpack_norms,
             "opacus": peers.opacus_norms,
@@ -87,7 +88,8 @@ QUANTITIES: dict[str, tuple[Callable[[Problem], Tensor], dict[str, Maker]]] = {
         problems.reference_gram,
         {
             OURS: ours.gram,
-            f"{OURS}, .grad too": ours.gram_of_step,
+            f"{OURS}, a step": ours.tracked_gram,
+            f"{OURS}, a step, .grad too": ours.gram_of_step,
             "plain torch": ours.plain_gram,
             "BackPACK": peers.backpack_gram,
             "torch.func": functional.func_gram,

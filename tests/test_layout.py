@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "joining": set(),
     "norms": {"factors", "ops"},
     "diagonals": {"norms", "factors"},
-    "grams": {"norms", "factors"},
+    "grams": {"norms", "factors", "unfolding", "ops"},
     "closed_rules": {"unfolding", "joining", "plan", "capture", "recorder", "factors"},
     "backprop": {
         "closed_rules",

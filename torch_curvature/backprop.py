@@ -132,13 +132,16 @@ class Backpropagation(ClosedRules):
                     factor = self.closed(name, indices, derivatives)
             if factor is None:
                 continue
-            if name in biases and factor.a is not None:
-                factor = factor.with_bias(
-                    biases[name], partial(self._cached, ("ones", name), partial(with_ones, factor.a))
-                )
+            if name in biases and factor.input is not None:
+                factor = factor.with_bias(biases[name], partial(self._with_ones, name, factor))
             yield name, factor
         if plan.fallback and columns is not None:
             yield from self.fallback(columns)
+
+    def _with_ones(self, name: str, factor: Factor) -> Tensor:
+        assert factor.a is not None
+        found: Tensor = self._cached(("ones", name), partial(with_ones, factor.a))
+        return found
 
     def fallback(self, columns: Tensor) -> Iterator[tuple[str, Factor]]:
         """Factors of the parameters without a trusted rule."""

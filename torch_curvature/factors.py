@@ -15,14 +15,16 @@ The contractions themselves are operators on bare tensors (``ops``), each with i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_gram, jacobian_norms
-from .ops.routing import without_autocast
-from .unfolding import Unfolding, in_parts, smaller_formed
+from .ops import gauss_newton_block, gauss_newton_diagonal, jacobian_norms
+from .ops.routing import takes_helpers, without_autocast
+from .unfolding import Unfolding, in_parts
+
+_norms_with_bias = torch.ops.torch_curvature.norms_with_bias.default._op
 
 CACHE_ELEMENTS = 1 << 18  # of a temporary that stays in the second-level cache of one core (float32: 1 MiB)
 FEW = 1 << 16  # entries of an input that is copied to give it a last one, before a second operator is called for that
@@ -41,7 +43,7 @@ class Factor:
             batch uses few rows); None when I counts all of them.
         bias: name of a parameter with the same ``g`` and the input one: this is the factor of a weight and of that
             bias, for sums over parameters.
-        ones: gives ``a`` with a last entry of ones, [N, 1, I + 1], where there is a bias.
+        ones: gives ``a`` with a last entry of ones, [N, S, I + 1], where there is a bias.
     """
 
     g: Tensor
@@ -94,8 +96,9 @@ class Factor:
     def samples(self, start: int, stop: int) -> Factor:
         """The same for samples start..stop-1."""
         if isinstance(self.input, Unfolding):
-            return Factor(self.g[:, start:stop], self.input.samples(start, min(stop, self.g.shape[1])), self.shape)
-        a = None if self.input is None else self.input[start:stop]
+            a: Tensor | Unfolding | None = self.input.samples(start, min(stop, self.g.shape[1]))
+        else:
+            a = None if self.input is None else self.input[start:stop]
         factor = Factor(self.g[:, start:stop], a, self.shape, self.transposed, self.rows)
         return factor if self.ones is None else factor.with_bias(self.bias, lambda: self.with_ones()[start:stop])
 
@@ -106,10 +109,15 @@ class Factor:
 
     def with_bias(self, bias: str | None, ones: Callable[[], Tensor]) -> Factor:
         """Together with the bias, given what makes ``a`` with ones."""
-        return Factor(self.g, self.a, self.shape, self.transposed, self.rows, bias, ones)
+        return replace(self, bias=bias, ones=ones)
 
     def without_bias(self) -> Factor:
-        return self if self.bias is None else Factor(self.g, self.a, self.shape)
+        return self if self.bias is None else Factor(self.g, self.input, self.shape)
+
+    def of_bias(self) -> Factor:
+        """That of the bias alone."""
+        g = self.g if self.positions == 1 else self.g.sum(2, keepdim=True)
+        return Factor(g, None, torch.Size([self.outputs]))
 
     def jacobian(self) -> Tensor:
         """[V, N, size], flattened as the parameter is, restricted to the reachable entries."""
@@ -196,14 +204,9 @@ def activation_space_block(g: Tensor, g2: Tensor, sign: Tensor | None = None) ->
     return B
 
 
-def _ones(g: Tensor) -> Tensor:
+def ones_for(g: Tensor) -> Tensor:
     """The input a = 1 that goes with a Jacobian in the place of g."""
     return g.new_ones(1, 1, 1).expand(g.shape[1], 1, 1)
-
-
-def _as_g(factor: Factor) -> Tensor:
-    """The Jacobian formed, over all entries of the parameter: [V, N, 1, p], to go with a = 1."""
-    return factor.spread(factor.jacobian(), (2,))[:, :, None]
 
 
 def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
@@ -212,20 +215,23 @@ def _bare(factor: Factor) -> tuple[Tensor, Tensor]:
         assert factor.a is not None
         return factor.g, factor.a
     g = factor.jacobian()[:, :, None]
-    return g, _ones(g)
+    return g, ones_for(g)
 
 
 def squared_norms(factor: Factor) -> Tensor:
     """[V, N] squared Frobenius norms of the Jacobian's columns."""
     if isinstance(factor.input, Unfolding):
         if factor.input.patches is not None and factor.input.patches.by_sums(factor.g):
-            return factor.input.patches.norms(factor.g)
+            return factor.input.patches.norms(factor.g, factor.bias is not None)
         return torch.cat([squared_norms(part) for _, part in in_parts(factor)], 1)
-    if factor.a is None:
+    if factor.a is None or factor.bias is None:
         return jacobian_norms(*_bare(factor))
-    if factor.bias is None or factor.a.numel() <= FEW:
+    if takes_helpers(factor.g) and takes_helpers(factor.a):
+        found: Tensor = _norms_with_bias(factor.g, factor.a)
+        return found
+    if factor.positions == 1 and factor.a.numel() <= FEW:
         return jacobian_norms(factor.g, factor.with_ones())
-    return jacobian_norms(factor.g, factor.a).add_(jacobian_norms(factor.g, _ones(factor.g)))
+    return jacobian_norms(factor.g, factor.a) + squared_norms(factor.of_bias())
 
 
 def diagonal(factor: Factor, sign: Tensor | None = None) -> Tensor:
@@ -245,8 +251,7 @@ def diagonals(name: str, factor: Factor, sign: Tensor | None = None) -> dict[str
     """:func:`diagonal` by parameter, where the factor is one of a weight and its bias."""
     if factor.bias is None:
         return {name: diagonal(factor, sign)}
-    bias = gauss_newton_diagonal(factor.g, _ones(factor.g), None if sign is None else sign.to(factor.g.dtype))
-    return {name: diagonal(factor, sign), factor.bias: bias.view(-1)}
+    return {name: diagonal(factor, sign), factor.bias: diagonal(factor.of_bias(), sign)}
 
 
 def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
@@ -266,49 +271,6 @@ def gradient_moments(factor: Factor) -> tuple[Tensor, Tensor]:
             first, second = first + wide.sum(0), second + wide.square().sum(0)
     first, second = first.reshape(-1), second.reshape(-1)
     return factor.spread(first, (0,)).reshape(factor.shape), factor.spread(second, (0,)).reshape(factor.shape)
-
-
-def inner_products(left: dict[str, Factor], right: dict[str, Factor]) -> Tensor:
-    """[V, N, V2, N2] inner products of the Jacobians, summed over all parameters."""
-    pairs, pairs2 = ({(n, f.bias) for n, f in factors.items() if f.bias is not None} for factors in (left, right))
-    if pairs != pairs2:
-        left, right = separated(left), separated(right)
-    total: Tensor | None = None
-    for name, factor in left.items():
-        if name in right:
-            total = gram(factor, right[name], total)
-    if total is None:
-        g, g2 = (next(iter(factors.values())).g for factors in (left, right))
-        return g.new_zeros(*g.shape[:2], *g2.shape[:2])
-    return total
-
-
-def separated(factors: dict[str, Factor]) -> dict[str, Factor]:
-    """Weights and biases each for themselves."""
-    found = {}
-    for name, factor in factors.items():
-        found[name] = factor.without_bias()
-        if factor.bias is not None:
-            found[factor.bias] = Factor(factor.g, None, torch.Size([factor.outputs]))
-    return found
-
-
-def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
-    """[V, N, V2, N2] inner products of the Jacobians of one parameter on two batches (or one with itself).
-
-    With ``add_to`` they are added to it, and it is returned.
-    """
-    if left.input is None or right.input is None or any(smaller_formed(factor) for factor in (left, right)):
-        if right is left and isinstance(left.input, Unfolding) and left.input.patches is not None:
-            return left.input.patches.gram(left.g, add_to)
-        first, second = _as_g(left), None if right is left else _as_g(right)
-        return jacobian_gram(first, _ones(first), second, None if second is None else _ones(second), add_to=add_to)
-    a, a2 = left.with_ones(), right.with_ones()
-    if left.rows is not None and right.rows is not None and left is not right:
-        a2 = a2 @ (right.rows[:, None] == left.rows).to(a2.dtype)
-    if left is right:
-        return jacobian_gram(left.g, a, add_to=add_to)
-    return jacobian_gram(left.g, a, right.g, a2, add_to=add_to)
 
 
 def jacobian_chunks(factor: Factor, elements: int) -> Iterator[tuple[slice, Tensor]]:

@@ -160,9 +160,7 @@ KINDS: dict[str, Kind] = {
 }
 # Elementwise kinds where what arrives is needed nowhere else: fewer fresh pages, which cost more than the arithmetic.
 IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "ReluBackward0": lambda node, G: torch.ops.aten.threshold_backward.grad_input(
-        G, spatial.saved_like(node, "_saved_result", G), 0, grad_input=G
-    ),
+    "ReluBackward0": spatial.relu_in_place,
     **{f"{name}Backward0": lambda node, G: G.mul_(_slope(node, G)) for name in _SMOOTH},
 }
 LEAF = "torch::autograd::AccumulateGrad"

@@ -49,9 +49,9 @@ class Patches:
         inputs = self._inputs()
         return V * O * inputs <= (V * O + inputs) * ((S + 1) / 2 + REORDERED)
 
-    def norms(self, g: Tensor) -> Tensor:
-        """``|sum_s g[v,n,s] (x) a[n,s]|^2`` [V, N] for g [V, N, S, O]."""
-        found: Tensor = _norms(g, self.images, self.geometry)
+    def norms(self, g: Tensor, with_bias: bool) -> Tensor:
+        """``|sum_s g[v,n,s] (x) a[n,s]|^2`` [V, N] for g [V, N, S, O]; with the bias's ``|sum_s g[v,n,s]|^2`` added."""
+        found: Tensor = _norms(g, self.images, self.geometry, with_bias)
         return found
 
     def jacobian(self, g: Tensor) -> Tensor:

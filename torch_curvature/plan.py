@@ -60,8 +60,8 @@ class Plan:
         closed: names of parameters with trusted uses, and the indices of these.
         fallback: names of parameters without, and why.
         unused: names of parameters that the outputs do not depend on.
-        biases: for weights of dense layers with one position a sample, the bias that was used with it, and nowhere else
-            (nor the weight).
+        biases: for weights of dense layers and convolutions, the bias that was used with it, and nowhere else (nor the
+            weight).
         separate: every parameter was used once, in a dense layer with one position a sample.
     """
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops.pages import in_large_pages
+from .ops.routing import takes_helpers
 
 aten = torch.ops.aten
+_keep_positive = torch.ops.torch_curvature.keep_positive_.default._op
 
 
 def output_shape(node: Any) -> torch.Size:
@@ -54,6 +56,27 @@ def saved_like(node: Any, name: str, G: Tensor) -> Tensor:
     if value.dim() == 4 and G.dim() >= 4 and G.stride(-3) == 1 and value.stride(-3) != 1 and prefers_channels_last(G):
         return kept_channels_last(node, name)
     return value
+
+
+def _meet_turned(G: Tensor, result: Tensor) -> bool:
+    """Whether images ``G [V, N, C, H, W]`` lie channels last and those of ``result`` do not: what the helper takes."""
+    if G.dim() != 5 or G.shape[1:] != result.shape or G.dtype != result.dtype or not takes_helpers(G):
+        return False
+    C, _, W = result.shape[1:]
+    return C > 1 and G.stride()[2:] == (1, W * C, C) and result.is_contiguous()
+
+
+def relu_in_place(node: Any, G: Tensor) -> Tensor:
+    """``G [V, N, *]`` where the ReLU's result is positive, zero elsewhere; in the memory of G.
+
+    Without a copy of the result in the format of G, which would take longer than all else where there are few columns.
+    """
+    result: Tensor = node._saved_result
+    if _meet_turned(G, result):
+        _keep_positive(G, result)
+        return G
+    found: Tensor = aten.threshold_backward.grad_input(G, saved_like(node, "_saved_result", G), 0, grad_input=G)
+    return found
 
 
 def _joined(G: Tensor) -> Tensor:

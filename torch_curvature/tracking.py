@@ -20,8 +20,8 @@ from .attached import attached_pass, batch_size, counts_samples, joined, leaves_
 from .backprop import Backpropagation
 from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
-from .factors import Factor, gradient_moments, inner_products
-from .grams import total_gram
+from .factors import Factor, gradient_moments
+from .grams import inner_products, total_gram
 from .norms import total_squared_norms
 from .plan import coverage, working_dtype
 from .recorder import Record, Recorder, UnsupportedModelError

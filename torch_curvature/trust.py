@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .factors import Factor
 from .fallback import Forward, per_sample_jacobians
+from .layers.convolution import channels_last, summed_positions
 from .layers.linear import positions_last
 from .ops.routing import without_autocast
 from .plan import TOLERANCE, Layout, Plan, layouts, working_dtype
@@ -89,19 +90,28 @@ def _is_dense(pass_: Pass, index: int) -> bool:
     return samples and whole and recorded.use.gradient is positions_last and not recorded.use.is_lookup
 
 
+# How derivatives at one output become g of a weight and that of its bias, which is the same summed over positions.
+_OF_WEIGHT_AND_BIAS = ((positions_last, positions_last), (channels_last, summed_positions))
+
+
 def pairs_of_biases(pass_: Pass) -> dict[str, str]:
-    """Weights and biases that one g serves: J of the bias is g, that of both together g (x) (a, 1)."""
+    """Weights and biases that one g serves: J of the bias is sum_s g[s], of both together sum_s g[s] (x) (a[s], 1)."""
     uses, plan = pass_.captured.record.uses, pass_.plan
-    alone = {indices[0]: name for name, indices in plan.closed.items() if len(indices) == 1}
-    weights, biases = {}, {}
-    for index, name in alone.items():
-        recorded = uses[index]
-        if _is_dense(pass_, index) and not recorded.transposed:
-            if recorded.use.activation is None:
-                biases[recorded.edge] = name
-            else:
-                weights[recorded.edge] = name
-    return {weight: biases[place] for place, weight in weights.items() if place in biases}
+    weights: dict[int, int] = {}
+    biases: dict[int, int] = {}
+    for name, indices in plan.closed.items():
+        recorded = uses[indices[0]]
+        whole = recorded.numel == pass_.parameters[name].numel()
+        if len(indices) == 1 and whole and not recorded.transposed and not recorded.use.is_lookup:
+            (biases if recorded.use.activation is None else weights)[recorded.edge] = indices[0]
+    found = {}
+    for place, weight in weights.items():
+        bias = biases.get(place)
+        if bias is None or plan.layouts[weight] != plan.layouts[bias]:
+            continue
+        if (uses[weight].use.gradient, uses[bias].use.gradient) in _OF_WEIGHT_AND_BIAS:
+            found[uses[weight].name] = uses[bias].name
+    return found
 
 
 def same_derivatives(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool:

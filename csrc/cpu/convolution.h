@@ -16,6 +16,12 @@ struct Axis {
       if (residue(k) == r) return true;
     return false;
   }
+  // Numbers s of the part of residue r with 0 <= s stride + r - padding < size: the first, and how many.
+  int64_t first(int64_t r) const { return padding > r ? (padding - r + stride - 1) / stride : 0; }
+  int64_t count(int64_t r) const {
+    const int64_t at = first(r) * stride + r - padding;
+    return at < size ? std::max<int64_t>(0, std::min(extent() - first(r), (size - at + stride - 1) / stride)) : 0;
+  }
   int64_t extent() const { return out + shift(kernel - 1); }  // of a part of the padded input
 };
 
@@ -45,46 +51,63 @@ CURVATURE_INLINE void part_row(const T* from, int64_t count, T* even, T* odd) {
   }
 }
 
-// A sample's input, row by row as it lies, into its parts [y stride][x stride][C][rows][columns]: the number at (h, w)
-// is that of row (h + padding) / stride and part (h + padding) % stride. What is outside of the input stays zero.
+// One part of a sample's input, that of residues ry and rx, into [C][rows][columns]: the number at (h, w) goes to row
+// (h + padding) / stride. What is outside of the input stays zero.
 template <class T>
-CURVATURE_CLONES void pack_input(const T* x, int64_t channel, int64_t row, int64_t column, Geometry z,
-                                 T* __restrict__ out) {
-  const int64_t width = z.x.extent();
-  // Columns s of the part of residue rx with 0 <= w = s stride + rx - padding < size: the first, and how many.
-  auto first = [&](int64_t rx) { return z.x.padding > rx ? divide_up(z.x.padding - rx, z.x.stride) : 0; };
-  auto count_of = [&](int64_t rx) {
-    const int64_t w0 = first(rx) * z.x.stride + rx - z.x.padding;
-    return w0 < z.x.size ? std::max<int64_t>(0, std::min(width - first(rx), divide_up(z.x.size - w0, z.x.stride))) : 0;
-  };
-  const bool halves = z.x.stride == 2 && column == 1 && z.x.meets(0) && z.x.meets(1) &&
-                      count_of(0) + count_of(1) == z.x.size;  // rows are read once for both parts
-  const int64_t of_even = z.x.padding % 2;
+CURVATURE_CLONES void pack_part(const T* x, int64_t channel, int64_t row, int64_t column, Geometry z, int64_t ry,
+                                int64_t rx, T* __restrict__ out) {
+  const int64_t width = z.x.extent(), plane = z.plane(), step = z.x.stride * column, line = z.y.stride * row;
+  const int64_t y0 = z.y.first(ry), rows = z.y.count(ry), x0 = z.x.first(rx), count = z.x.count(rx);
+  const T* from = x + (y0 * z.y.stride + ry - z.y.padding) * row + (x0 * z.x.stride + rx - z.x.padding) * column;
+  T* to = out + y0 * width + x0;
+  if (channel == 1 && z.C >= 4) {  // channels last
+    for (int64_t r = 0; r < rows; ++r) transpose_all<T, T>(from + r * line, step, count, z.C, to + r * width, plane);
+    return;
+  }
   for (int64_t c = 0; c < z.C; ++c)
-    for (int64_t h = 0; h < z.y.size; ++h) {
-      const int64_t r = (h + z.y.padding) / z.y.stride, ry = (h + z.y.padding) % z.y.stride;
-      if (r >= z.y.extent() || !z.y.meets(ry)) continue;
-      const T* line = x + c * channel + h * row;
-      auto part = [&](int64_t rx) {
-        return out + ((ry * z.x.stride + rx) * z.C + c) * z.plane() + r * width + first(rx);
-      };
-      if (halves) {
-        part_row<T>(line, z.x.size, part(of_even), part(1 - of_even));
-        continue;
-      }
-      for (int64_t rx = 0; rx < z.x.stride; ++rx) {
-        if (!z.x.meets(rx)) continue;
-        const int64_t count = count_of(rx), step = z.x.stride * column;
-        const T* from = line + (first(rx) * z.x.stride + rx - z.x.padding) * column;
-        T* to = part(rx);
-        if (step == 1)
-          for (int64_t s = 0; s < count; ++s) to[s] = from[s];
-        else if (step == 2)
-          for (int64_t s = 0; s < count; ++s) to[s] = from[2 * s];
-        else
-          for (int64_t s = 0; s < count; ++s) to[s] = from[s * step];
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* of = from + c * channel + r * line;
+      T* at = to + c * plane + r * width;
+      if (step == 1)
+        for (int64_t s = 0; s < count; ++s) at[s] = of[s];
+      else if (step == 2)
+        for (int64_t s = 0; s < count; ++s) at[s] = of[2 * s];
+      else
+        for (int64_t s = 0; s < count; ++s) at[s] = of[s * step];
     }
+}
+
+// Both parts of residues 0 and 1 of contiguous rows, every second number of which belongs to one of them: read once.
+template <class T>
+CURVATURE_CLONES void pack_halves(const T* x, int64_t channel, int64_t row, Geometry z, int64_t ry,
+                                  T* __restrict__ even, T* __restrict__ odd) {
+  const int64_t width = z.x.extent(), plane = z.plane();
+  const int64_t y0 = z.y.first(ry), rows = z.y.count(ry), odd_first = z.x.padding % 2;
+  T *to = (odd_first ? odd : even) + y0 * width + z.x.first(odd_first),
+    *other = (odd_first ? even : odd) + y0 * width + z.x.first(1 - odd_first);
+  const T* from = x + (y0 * z.y.stride + ry - z.y.padding) * row;
+  for (int64_t c = 0; c < z.C; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      part_row<T>(from + c * channel + r * z.y.stride * row, z.x.size, to + c * plane + r * width,
+                  other + c * plane + r * width);
+}
+
+// A sample's input into its parts [y stride][x stride][C][rows][columns].
+template <class T>
+void pack_input(const T* x, int64_t channel, int64_t row, int64_t column, const Geometry& z, T* out) {
+  const bool halves =
+      z.x.stride == 2 && column == 1 && z.x.meets(0) && z.x.meets(1) && z.x.count(0) + z.x.count(1) == z.x.size;
+  const int64_t part = z.C * z.plane();
+  for (int64_t ry = 0; ry < z.y.stride; ++ry) {
+    if (!z.y.meets(ry)) continue;
+    T* to = out + ry * z.x.stride * part;
+    if (halves) {
+      pack_halves<T>(x, channel, row, z, ry, to, to + part);
+      continue;
+    }
+    for (int64_t rx = 0; rx < z.x.stride; ++rx)
+      if (z.x.meets(rx)) pack_part<T>(x, channel, row, column, z, ry, rx, to + rx * part);
+  }
 }
 
 // Positions [rows, columns] of `count` outputs side by side, out[(y width + x) kCols + o]; what lies between stays.

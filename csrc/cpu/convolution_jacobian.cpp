@@ -7,14 +7,27 @@
 // Shapes: g [V, N, S, O], input [N, C, H, W]; geometry: kernel, stride, padding (top, left), dilation and output
 // positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K] or, `tiled`, its entries
 // as they come, [V, N, panels of O][K][C][kCols] with zeros in the last panel: for inner products. convolution_norms
-// gives squared norms [V, N], convolution_diagonal sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
+// gives squared norms [V, N], with_bias those of J and sum_s g[v, n, s] together; convolution_diagonal gives
+// sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
 //
-// The numbers of the input are read where they lie (convolution.h), a few channels at a time, and multiply panels of g
-// in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and result once.
+// The numbers of the input are read where they lie (convolution.h), a few places of the kernel and channels at a time,
+// and multiply panels of g in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and
+// result once, asked for while the sample before is multiplied.
+#include "ahead.h"
 #include "convolution.h"
 
 namespace torch_curvature::cpu {
 namespace {
+// lanes[c] += (sum_k x[k, c])^2 for a panel x [depth][kCols].
+template <class T>
+CURVATURE_CLONES void add_squares_of_sums(const T* __restrict__ x, int64_t depth, T* __restrict__ lanes) {
+  constexpr int64_t W = kCols<T>;
+  T sums[W] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < W; ++c) sums[c] += x[k * W + c];
+  for (int64_t c = 0; c < W; ++c) lanes[c] += sums[c] * sums[c];
+}
+
 template <class T>
 struct Problem {
   const T *g, *input;
@@ -26,8 +39,9 @@ struct Problem {
   int64_t parts() const { return geometry.y.stride * geometry.x.stride; }
   int64_t places() const { return geometry.y.kernel * geometry.x.kernel; }
   int64_t entries() const { return geometry.O * geometry.C * places(); }
-  int64_t tiled_entries() const { return panels<T>(geometry.O) * places() * geometry.C * kCols<T>; }
-  int64_t tiles() const { return places() * divide_up(geometry.C, kRows) * panels<T>(geometry.O); }
+  int64_t inputs() const { return places() * geometry.C; }  // rows of tiles: channels within places of the kernel
+  int64_t tiled_entries() const { return panels<T>(geometry.O) * inputs() * kCols<T>; }
+  int64_t tiles() const { return divide_up(inputs(), kRows) * panels<T>(geometry.O); }
   bool worth_threads() const {
     return double(V) * N * geometry.y.out * geometry.x.out * double(entries()) > kWorthThreads;
   }
@@ -41,45 +55,66 @@ struct Problem {
                         panel_width<T>(z.O, q), to + q * z.depth() * W);
   }
 
-  // use(place of the kernel, first channel, panel of outputs, tile [channel][output], channels, outputs)
-  template <class Use>
-  void contract(const T* planes, const T* outputs, T* tile, const Use& use) const {
-    constexpr int64_t W = kCols<T>;
+  // Where the rows of tiles begin among the parts of the input.
+  std::vector<int64_t> starts() const {
     const Geometry& z = geometry;
+    std::vector<int64_t> found;
+    for (int64_t ky = 0; ky < z.y.kernel; ++ky)
+      for (int64_t kx = 0; kx < z.x.kernel; ++kx)
+        for (int64_t c = 0; c < z.C; ++c) found.push_back((z.part(ky, kx) * z.C + c) * z.plane() + z.shift(ky, kx));
+    return found;
+  }
+
+  // use(first row m = place C + channel, panel of outputs, tile [row][output], rows, outputs)
+  template <class Use>
+  void contract(const T* planes, const int64_t* starts, const T* outputs, T* tile, Ahead& ahead, const Use& use) const {
+    constexpr int64_t W = kCols<T>;
     const auto product = tile_product_in_place<T>();
-    const int64_t plane = z.plane();
-    for (int64_t q = 0; q < panels<T>(z.O); ++q)
-      for (int64_t place = 0; place < places(); ++place) {
-        const int64_t ky = place / z.x.kernel, kx = place % z.x.kernel;
-        const T* from = planes + z.part(ky, kx) * z.C * plane + z.shift(ky, kx);
-        for (int64_t c = 0; c < z.C; c += kRows) {
-          const int64_t rows = std::min(kRows, z.C - c), cols = panel_width<T>(z.O, q);
-          product(from + c * plane, 1, plane, outputs + q * z.depth() * W, W, z.depth(), tile, rows, cols);
-          use(place, c, q, tile, rows, cols);
-        }
+    const int64_t depth = geometry.depth();
+    for (int64_t q = 0; q < panels<T>(geometry.O); ++q)
+      for (int64_t m = 0; m < inputs(); m += kRows) {
+        const int64_t rows = std::min(kRows, inputs() - m), cols = panel_width<T>(geometry.O, q);
+        product(planes, 1, starts + m, outputs + q * depth * W, W, depth, tile, rows, cols);
+        use(m, q, tile, rows, cols);
+        ahead.fetch();
       }
   }
 
+  // What a task of sample n reads, to be asked for while `columns` columns are multiplied.
+  void look_ahead(int64_t n, int64_t columns, Ahead& ahead) const {
+    const Geometry& z = geometry;
+    ahead.clear();
+    if (n >= N) return;
+    if (in == z.C * z.y.size * z.x.size) ahead.add(input + n * in, in);
+    if (gn == z.O * z.y.out * z.x.out) ahead.add(g + n * gn, gn);
+    ahead.spread(columns * tiles());
+  }
+
   // Each of `tasks` calls run(task, each), and that each(n, v0, v1, use) for the columns v0 to v1 of its samples, where
-  // use(v, ...) takes what contract gives.
+  // use(v, packed outputs, ...) takes what contract gives. Task k begins with sample k N / tasks.
   template <class Run>
   void share(int64_t tasks, const Run& run) const {
     const Geometry& z = geometry;
-    const int64_t outputs = panels<T>(z.O) * z.depth() * kCols<T>, inputs = parts() * z.C * z.plane();
-    std::atomic<int64_t> next{0};
-    share_tasks(torch::stable::get_num_threads(), worth_threads(), [&](int64_t) {
-      Buffer<T> planes(inputs), packed(outputs), tile(kRows * kCols<T>);
-      std::fill_n(static_cast<T*>(planes), inputs, T(0));
+    const int64_t outputs = panels<T>(z.O) * z.depth() * kCols<T>, numbers = parts() * z.C * z.plane();
+    const std::vector<int64_t> rows = starts();
+    share_tasks_ahead(tasks, worth_threads(), [&](const auto& each_task) {
+      Buffer<T> planes(numbers), packed(outputs), tile(kRows * kCols<T>);
+      std::fill_n(static_cast<T*>(planes), numbers, T(0));
       std::fill_n(static_cast<T*>(packed), outputs, T(0));
       std::fill_n(static_cast<T*>(tile), kRows * kCols<T>, T(0));
-      auto each = [&](int64_t n, int64_t v0, int64_t v1, const auto& use) {
-        pack_input<T>(input + n * in, ic, iy, ix, z, planes);
-        for (int64_t v = v0; v < v1; ++v) {
-          pack_outputs(v, n, packed);
-          contract(planes, packed, tile, [&](auto... found) { use(v, found...); });
-        }
-      };
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task, each);
+      Ahead ahead;
+      each_task([&](int64_t task, int64_t following) {
+        const int64_t last = divide_up((task + 1) * N, tasks) - 1;
+        run(task, [&](int64_t n, int64_t v0, int64_t v1, const auto& use) {
+          pack_input<T>(input + n * in, ic, iy, ix, z, planes);
+          look_ahead(n < last ? n + 1 : following * N / tasks, v1 - v0, ahead);
+          for (int64_t v = v0; v < v1; ++v) {
+            pack_outputs(v, n, packed);
+            contract(planes, rows.data(), packed, tile, ahead,
+                     [&](auto... found) { use(v, static_cast<const T*>(packed), found...); });
+          }
+        });
+      });
     });
   }
 
@@ -93,15 +128,16 @@ struct Problem {
     });
   }
 
-  void norms() const {
+  void norms(bool with_bias) const {
     constexpr int64_t W = kCols<T>;
     share_columns([&](int64_t n, int64_t v0, int64_t v1, const auto& each) {
       for (int64_t v = v0; v < v1; ++v) out[v * N + n] = 0;
       alignas(64) T sums[W];
-      each(n, v0, v1, [&](int64_t v, int64_t place, int64_t c, int64_t q, const T* tile, int64_t rows, int64_t cols) {
-        if (place + c + q == 0) std::fill_n(sums, W, T(0));
+      each(n, v0, v1, [&](int64_t v, const T* packed, int64_t m, int64_t q, const T* tile, int64_t rows, int64_t cols) {
+        if (m + q == 0) std::fill_n(sums, W, T(0));
+        if (m == 0 && with_bias) add_squares_of_sums(packed + q * geometry.depth() * W, geometry.depth(), sums);
         add_squares<T>(tile, rows, cols, sums);
-        if (place == places() - 1 && c + rows == geometry.C && q == panels<T>(geometry.O) - 1)
+        if (m + rows == inputs() && q == panels<T>(geometry.O) - 1)
           for (const T x : sums) out[v * N + n] += x;
       });
     });
@@ -109,11 +145,13 @@ struct Problem {
 
   void jacobian() const {
     share_columns([&](int64_t n, int64_t v0, int64_t v1, const auto& each) {
-      each(n, v0, v1, [&](int64_t v, int64_t place, int64_t c, int64_t q, const T* tile, int64_t rows, int64_t cols) {
+      each(n, v0, v1, [&](int64_t v, const T*, int64_t m, int64_t q, const T* tile, int64_t rows, int64_t cols) {
         constexpr int64_t W = kCols<T>;
-        T* to = out + (v * N + n) * entries() + place;
-        for (int64_t o = 0; o < cols; ++o)
-          for (int64_t r = 0; r < rows; ++r) to[((q * W + o) * geometry.C + c + r) * places()] = tile[r * W + o];
+        T* to = out + (v * N + n) * entries();
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t place = (m + r) / geometry.C, c = (m + r) % geometry.C;
+          for (int64_t o = 0; o < cols; ++o) to[((q * W + o) * geometry.C + c) * places() + place] = tile[r * W + o];
+        }
       });
     });
   }
@@ -121,8 +159,8 @@ struct Problem {
   void tiled_jacobian() const {
     constexpr int64_t W = kCols<T>;
     share_columns([&](int64_t n, int64_t v0, int64_t v1, const auto& each) {
-      each(n, v0, v1, [&](int64_t v, int64_t place, int64_t c, int64_t q, const T* tile, int64_t rows, int64_t cols) {
-        T* to = out + (v * N + n) * tiled_entries() + ((q * places() + place) * geometry.C + c) * W;
+      each(n, v0, v1, [&](int64_t v, const T*, int64_t m, int64_t q, const T* tile, int64_t rows, int64_t cols) {
+        T* to = out + (v * N + n) * tiled_entries() + (q * inputs() + m) * W;
         if (cols == W) return void(std::copy_n(tile, rows * W, to));
         for (int64_t r = 0; r < rows; ++r)
           std::fill(std::copy_n(tile + r * W, cols, to + r * W), to + (r + 1) * W, T(0));
@@ -134,20 +172,20 @@ struct Problem {
   void diagonal() const {
     constexpr int64_t W = kCols<T>, kTile = kRows * W, kMost = (int64_t{1} << 26) / sizeof(T);
     const int64_t pieces = std::clamp<int64_t>(kMost / (tiles() * kTile), 1, std::min<int64_t>(N, 16));
-    const int64_t each_sums = tiles() * kTile, bands = divide_up(geometry.C, kRows), wide = panels<T>(geometry.O);
+    const int64_t each_sums = tiles() * kTile, wide = panels<T>(geometry.O);
     Buffer<T> sums(pieces * each_sums);
     share(pieces, [&](int64_t piece, const auto& each) {
       T* own = sums + piece * each_sums;
       std::fill_n(own, each_sums, T(0));
       for (int64_t n = piece * N / pieces; n < (piece + 1) * N / pieces; ++n)
-        each(n, 0, V, [&](int64_t v, int64_t place, int64_t c, int64_t q, const T* tile, int64_t, int64_t) {
-          add_weighted_squares<T>(tile, sign(v, n), own + ((place * bands + c / kRows) * wide + q) * kTile);
+        each(n, 0, V, [&](int64_t v, const T*, int64_t m, int64_t q, const T* tile, int64_t, int64_t) {
+          add_weighted_squares<T>(tile, sign(v, n), own + (m / kRows * wide + q) * kTile);
         });
     });
     for (int64_t place = 0; place < places(); ++place)
       for (int64_t c = 0; c < geometry.C; ++c)
         for (int64_t o = 0; o < geometry.O; ++o) {
-          const int64_t at = ((place * bands + c / kRows) * wide + o / W) * kTile + c % kRows * W + o % W;
+          const int64_t m = place * geometry.C + c, at = (m / kRows * wide + o / W) * kTile + m % kRows * W + o % W;
           T value = 0;
           for (int64_t piece = 0; piece < pieces; ++piece) value += sums[piece * each_sums + at];
           out[(o * geometry.C + c) * places() + place] = value;
@@ -181,7 +219,7 @@ int64_t padded_outputs(const Tensor& g) {
 }
 
 Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std::vector<int64_t>& numbers,
-                 const std::optional<Tensor>& sign, Wanted wanted) {
+                 const std::optional<Tensor>& sign, Wanted wanted, bool with_bias = false) {
   const Geometry z = check_geometry(op, g, input, numbers);
   CURVATURE_CHECK(!sign || (sign->dim() == 2 && sign->size(0) == g.size(0) && sign->size(1) == g.size(1) &&
                             sign->scalar_type() == g.scalar_type()),
@@ -211,7 +249,7 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
                                z,
                                Sign<T>(sign),
                                static_cast<T*>(out.data_ptr())};
-      wanted == Wanted::kNorms      ? problem.norms()
+      wanted == Wanted::kNorms      ? problem.norms(with_bias)
       : wanted == Wanted::kJacobian ? problem.jacobian()
       : wanted == Wanted::kTiled    ? problem.tiled_jacobian()
                                     : problem.diagonal();
@@ -222,8 +260,8 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
   return out;
 }
 
-Tensor convolution_norms(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry) {
-  return convolved("convolution_norms", g, input, geometry, {}, Wanted::kNorms);
+Tensor convolution_norms(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry, bool with_bias) {
+  return convolved("convolution_norms", g, input, geometry, {}, Wanted::kNorms, with_bias);
 }
 Tensor convolution_jacobian(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry, bool tiled) {
   return convolved("convolution_jacobian", g, input, geometry, {}, tiled ? Wanted::kTiled : Wanted::kJacobian);
@@ -235,7 +273,7 @@ Tensor convolution_diagonal(const Tensor& g, const Tensor& input, const std::vec
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
-  m.def("convolution_norms(Tensor g, Tensor input, int[] geometry) -> Tensor");
+  m.def("convolution_norms(Tensor g, Tensor input, int[] geometry, bool with_bias) -> Tensor");
   m.def("convolution_jacobian(Tensor g, Tensor input, int[] geometry, bool tiled) -> Tensor");
   m.def("convolution_diagonal(Tensor g, Tensor input, int[] geometry, Tensor? sign) -> Tensor");
 }

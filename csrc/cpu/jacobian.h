@@ -121,9 +121,12 @@ class SampleProduct {
   // Rows kRows r.. and columns kCols q..; of what lies beyond the matrix nothing is said.
   void tile(int64_t r, int64_t q, A* out) const {
     if constexpr (std::is_same_v<T, A>)
-      if (in_place(x_))
-        return in_place_(at_ + r * kRows * x_.stride, 1, x_.stride, packed_y_ + q * S_ * kCols<A>, kCols<A>, S_, out,
+      if (in_place(x_)) {
+        int64_t offsets[kRows];
+        for (int64_t k = 0; k < kRows; ++k) offsets[k] = k * x_.stride;
+        return in_place_(at_ + r * kRows * x_.stride, 1, offsets, packed_y_ + q * S_ * kCols<A>, kCols<A>, S_, out,
                          std::min(kRows, x_.count - r * kRows), panel_width<A>(y_.count, q));
+      }
     packed_tile<A>(product_, packed_x_, r, x_.count, packed_y_, q, y_.count, S_, out);
   }
 

@@ -65,6 +65,20 @@ void share_tasks(int64_t count, bool worth_threads, const F& f) {
   });
 }
 
+// The same where each thread keeps memory of its own, and knows its next task (`count` after the last), so that it can
+// ask for what that reads: thread(each) is called once for each of them, and each(f) runs f(task, following).
+template <class Thread>
+void share_tasks_ahead(int64_t count, bool worth_threads, const Thread& thread) {
+  std::atomic<int64_t> next{0};
+  auto claim = [&] { return std::min(count, next.fetch_add(1, std::memory_order_relaxed)); };
+  auto each = [&](const auto& f) {
+    for (int64_t task = claim(), following; task < count; task = following) f(task, following = claim());
+  };
+  const int64_t threads = worth_threads ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
+  if (threads <= 1) return thread(each);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { thread(each); });
+}
+
 constexpr double kWorthThreads = 1e5;  // multiply-adds below which one thread is faster
 
 // Uninitialised scratch memory, aligned to cache lines; large pieces ask for huge pages.

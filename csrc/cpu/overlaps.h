@@ -1,12 +1,14 @@
 // Inner products of rows where they lie.
 //
-// Few positions: out[v] = sum_st (a_s . a_t)(g_vs . g_vt) straight from the rows of a and g, without packing them.
+// Few positions: out[v] = sum_st (a_s . a_t + one)(g_vs . g_vt) straight from the rows of a and g, without packing
+// them.
 //
-// Shapes: a [S, I], g [V, S, O], both with contiguous rows of whole vectors (zero up to there), out [V]. A block of R x
-// R pairs (s, t) is summed in registers, s <= t; the overlaps of a are needed as numbers, those of g only as vectors
-// that are weighted and added up. Multiply-adds: (V O + I) S (S + 1) / 2, each operand read S / R times from the
-// caches.
+// Shapes: a [S, I], g [V, S, O], both with contiguous rows of whole vectors (zero up to there), out [V]; one is 1 where
+// a has a last entry of ones, which is not stored, else 0. A block of R x R pairs (s, t) is summed in registers, s <=
+// t; the overlaps of a are needed as numbers, those of g only as vectors that are weighted and added up. Multiply-adds:
+// (V O + I) S (S + 1) / 2, each operand read S / R times from the caches.
 #pragma once
+#include "ahead.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -59,7 +61,7 @@ struct Halves {
 // The best for this processor, its numbers in a vector, and the edge R of its blocks.
 template <class A>
 struct Overlaps {
-  void (*sum)(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out);
+  void (*sum)(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A one, Ahead& ahead, A* lanes, A* out);
   // (x, row, count, depth, sums): sums[r, c] += x_r . x_c, r <= c, of `count` rows that are `row` apart, of whole
   // vectors
   void (*inner)(const A*, int64_t, int64_t, int64_t, A*);

@@ -47,7 +47,7 @@ CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURV
 template <class A, bool Itself>
 CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURVATURE_JOIN(
     CURVATURE_OVERLAPS_NAME, _pairs)(const Rows<A>& a, const Rows<A>& g, int64_t s, int64_t t, int64_t S, int64_t V,
-                                     auto* total) {
+                                     A one, auto* total) {
   typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
   constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
   constexpr int padded = (R * R + L - 1) / L * L;
@@ -69,11 +69,13 @@ CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURV
     const int r = k / R % R, c = k % R;
     flat[k] = k >= R * R || (Itself && c < r) ? Vector{} : c > r || !Itself ? sum[r][c] + sum[r][c] : sum[r][c];
   }
-  A weight[padded];
+  alignas(64) A weight[padded], ones[padded];
+#pragma GCC unroll 16
+  for (int k = 0; k < padded; ++k) ones[k] = !Itself || k % R > k / R ? one + one : one;
 #pragma GCC unroll 4
   for (int k = 0; k < padded; k += L) {
     CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _totals)<A>(flat + k);
-    *reinterpret_cast<Vector*>(weight + k) = flat[k];
+    *reinterpret_cast<Vector*>(weight + k) = flat[k] + *reinterpret_cast<const Vector*>(ones + k);
   }
   if (!whole)
     for (int r = 0; r < R; ++r)
@@ -97,15 +99,19 @@ CURVATURE_OVERLAPS_TARGET static inline __attribute__((always_inline)) void CURV
 }
 
 template <class A>
-CURVATURE_OVERLAPS_TARGET void CURVATURE_OVERLAPS_NAME(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A* lanes, A* out) {
+CURVATURE_OVERLAPS_TARGET void CURVATURE_OVERLAPS_NAME(Rows<A> a, Rows<A> g, int64_t S, int64_t V, A one, Ahead& ahead,
+                                                       A* lanes, A* out) {
   typedef A Vector __attribute__((vector_size(CURVATURE_OVERLAPS_BYTES), aligned(sizeof(A)), may_alias));
   constexpr int L = CURVATURE_OVERLAPS_BYTES / sizeof(A), R = CURVATURE_OVERLAPS_ROWS;
   Vector* total = reinterpret_cast<Vector*>(lanes);
   for (int64_t v = 0; v < V; ++v) total[v] = Vector{};
   for (int64_t s = 0; s < S; s += R) {
-    CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, true>(a, g, s, s, S, V, total);
-    for (int64_t t = s + R; t < S; t += R)
-      CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, false>(a, g, s, t, S, V, total);
+    CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, true>(a, g, s, s, S, V, one, total);
+    ahead.fetch();
+    for (int64_t t = s + R; t < S; t += R) {
+      CURVATURE_JOIN(CURVATURE_OVERLAPS_NAME, _pairs)<A, false>(a, g, s, t, S, V, one, total);
+      ahead.fetch();
+    }
   }
   for (int64_t v = 0; v < V; ++v) {
     A sum = 0;

@@ -50,7 +50,8 @@ template <class A>
 using TallProduct = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t, bool);
 constexpr int64_t kTall = 12;  // most rows that a tall product holds in registers
 template <class A>
-using TileProductInPlace = void (*)(const A*, int64_t, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t);
+using TileProductInPlace = void (*)(const A*, int64_t, const int64_t*, const A*, int64_t, int64_t, A*, int64_t,
+                                    int64_t);
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define CURVATURE_BEST(suffix)                                                \
@@ -69,7 +70,7 @@ TileProduct<A> tile_product() {
   return best;
 }
 
-// The same with rows of a where they lie, a[k, r] at a[k step + r stride]: (a, step, stride, b, ldb, depth, c, rows,
+// The same with rows of a where they lie, a[k, r] at a[k step + offsets[r]]: (a, step, offsets, b, ldb, depth, c, rows,
 // cols). What is contiguous along depth is read as fast as what has been packed.
 template <class A>
 TileProductInPlace<A> tile_product_in_place() {

@@ -39,7 +39,7 @@ CURVATURE_TILE_TARGET static inline void CURVATURE_JOIN(CURVATURE_TILE_NAME,
 }
 
 template <class A, bool InPlace>
-CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)(const A* a, int64_t lda, int64_t stride,
+CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)(const A* a, int64_t lda, const int64_t* places,
                                                                       const A* b, int64_t ldb, Depth depth, A* c,
                                                                       int64_t rows, int64_t cols, bool add) {
   constexpr int64_t L = CURVATURE_TILE_BYTES / sizeof(A);
@@ -52,7 +52,7 @@ CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)(const A* a
       const bool narrow = cols - q <= L;
       int64_t offsets[R];
       if (InPlace)  // nothing is read beyond the last row
-        for (int64_t k = 0; k < R; ++k) offsets[k] = std::min(r + k, rows - 1) * stride;
+        for (int64_t k = 0; k < R; ++k) offsets[k] = places[std::min(r + k, rows - 1)];
 #define CURVATURE_TILE_BLOCK(height, vectors) \
   CURVATURE_JOIN(CURVATURE_TILE_NAME, _block)<A, height, vectors, InPlace>(x, lda, offsets, y, ldb, depth, z, add)
       if (height <= 2) narrow ? CURVATURE_TILE_BLOCK(2, 1) : CURVATURE_TILE_BLOCK(2, 2);
@@ -65,14 +65,14 @@ CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)(const A* a
 template <class A>
 CURVATURE_TILE_TARGET void CURVATURE_TILE_NAME(const A* a, int64_t lda, const A* b, int64_t ldb, Depth depth, A* c,
                                                int64_t rows, int64_t cols, bool add) {
-  CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)<A, false>(a, lda, 1, b, ldb, depth, c, rows, cols, add);
+  CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)<A, false>(a, lda, nullptr, b, ldb, depth, c, rows, cols, add);
 }
 
 template <class A>
-CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME, _in_place)(const A* a, int64_t lda, int64_t stride,
-                                                                          const A* b, int64_t ldb, int64_t depth, A* c,
-                                                                          int64_t rows, int64_t cols) {
-  CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)<A, true>(a, lda, stride, b, ldb, {depth}, c, rows, cols, false);
+CURVATURE_TILE_TARGET void CURVATURE_JOIN(CURVATURE_TILE_NAME,
+                                          _in_place)(const A* a, int64_t lda, const int64_t* offsets, const A* b,
+                                                     int64_t ldb, int64_t depth, A* c, int64_t rows, int64_t cols) {
+  CURVATURE_JOIN(CURVATURE_TILE_NAME, _rows)<A, true>(a, lda, offsets, b, ldb, {depth}, c, rows, cols, false);
 }
 
 // Any number of rows, the same depth for all: in the fewest blocks that registers hold, none of them with rows to

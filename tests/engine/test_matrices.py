@@ -141,6 +141,8 @@ def test_fisher_and_gradient_second_moment(name: str) -> None:
     check_quadratic(matrix, truth, model)
     rows = torch.cat([g.reshape(N, -1) for g in reference.per_sample_gradients(model, loss, data).values()], 1)
     close(matrix.gram(), rows @ rows.T)
+    close(matrix.gradient_norms(), rows.norm(dim=1))
+    close(matrix.gradient_norms(squared=True), rows.square().sum(1))
 
 
 def channels(model: nn.Module, inputs: Any) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torch_curvature as tc
-from torch_curvature import norms
+from torch_curvature import factors, norms
 from torch_curvature.factors import Factor, squared_norms
+from torch_curvature.joining import with_ones
 
 dense_norms = torch.ops.torch_curvature.dense_norms
 
@@ -50,6 +52,42 @@ def test_one_pass_and_one_by_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-12)
     assert calls == [5]
     torch.testing.assert_close(sum(squared_norms(f) for f in every), found)
+
+
+@pytest.mark.parametrize("helped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("V", "N", "S", "O", "I"),
+    [(1, 3, 1, 5, 7), (2, 4, 3, 6, 5), (1, 5, 16, 64, 64), (3, 2, 17, 33, 20), (1, 2, 300, 9, 8), (2, 3, 70, 40, 3)],
+)
+def test_weight_and_bias_at_several_positions(
+    monkeypatch: pytest.MonkeyPatch, helped: bool, dtype: torch.dtype, V: int, N: int, S: int, O: int, I: int
+) -> None:
+    if not helped:
+        monkeypatch.setattr(factors, "takes_helpers", lambda x: False)
+    g, a = torch.randn(V, N, S, O).to(dtype), torch.randn(N, S, I).to(dtype)
+    wide = [x.double() for x in (g, a)]
+    expected = torch.einsum("vnso,nsi->vnoi", *wide).square().sum((2, 3)) + wide[0].sum(2).square().sum(2)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
+    for derivatives in (g, g.mT.contiguous().mT, torch.stack([g, g], -1)[..., 0]):
+        for inputs in (a, a.mT.contiguous().mT):
+            whole = Factor(derivatives, inputs, torch.Size([O, I]))
+            found = squared_norms(whole.with_bias("bias", partial(with_ones, inputs)))
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+            part = whole.with_bias("bias", partial(with_ones, inputs)).samples(1, 3)
+            torch.testing.assert_close(squared_norms(part).double(), expected[:, 1:3], rtol=tolerance, atol=0)
+
+
+def test_helper_of_weight_and_bias() -> None:
+    with_bias, without = torch.ops.torch_curvature.norms_with_bias, tc.ops.jacobian_norms
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for S in (1, 5, 40):
+            g, a = torch.randn(2, 3, S, 6, dtype=dtype), torch.randn(3, S, 4, dtype=dtype)
+            torch.testing.assert_close(with_bias(g, a), without(g, with_ones(a)), rtol=1e-2, atol=0)
+    assert torch.equal(with_bias(torch.randn(2, 3, 0, 6), torch.randn(3, 0, 4)), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="g"):
+        with_bias(torch.randn(2, 3, 4, 6), torch.randn(2, 4, 4))
 
 
 def test_nothing() -> None:

@@ -64,7 +64,9 @@ def test_equals_unfolded(geometry: tuple, V: int, N: int, C: int, O: int, dtype:
         patches = Patches(x, seen.geometry)
         assert patches.suit(derivatives)
         close(patches.jacobian(derivatives).view_as(J), J, J)
-        close(patches.norms(derivatives), J.square().sum((2, 3)), J.square().sum((2, 3)))
+        close(patches.norms(derivatives, False), J.square().sum((2, 3)), J.square().sum((2, 3)))
+        with_bias = J.square().sum((2, 3)) + g.sum(2).square().sum(2)
+        close(patches.norms(derivatives, True), with_bias, with_bias)
         close(patches.gram(derivatives, None), gram, gram)
         close(patches.diagonal(derivatives, None), J.square().sum((0, 1)), J.square().sum((0, 1)))
         expected = (sign[:, :, None, None] * J.square()).sum((0, 1))
@@ -91,7 +93,7 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append((seen.norms(g), seen.jacobian(g), seen.diagonal(g, None)))
+            found.append((seen.norms(g, True), seen.jacobian(g), seen.diagonal(g, None)))
     finally:
         torch.set_num_threads(threads)
     for others in found[1:]:
@@ -102,7 +104,7 @@ def test_results_do_not_depend_on_threads() -> None:
 def test_nothing_to_sum(V: int, N: int, C: int, O: int) -> None:
     patches = Patches(torch.randn(N, C, 4, 4), [3, 3, 1, 1, 1, 1, 1, 1, 4, 4])
     g = torch.randn(V, N, 16, O)
-    assert torch.equal(patches.norms(g), torch.zeros(V, N))
+    assert torch.equal(patches.norms(g, False), torch.zeros(V, N))
     assert torch.equal(patches.jacobian(g), torch.zeros(V, N, O * C * 9))
     assert torch.equal(patches.diagonal(g, None), torch.zeros(O, C * 9))
 
@@ -110,9 +112,9 @@ def test_nothing_to_sum(V: int, N: int, C: int, O: int) -> None:
 def test_nan_of_one_sample_stays_with_it() -> None:
     seen, g, _ = draw(GEOMETRIES[0], 1, 6, 4, 5, torch.float32)
     seen.images[2, 1, 3, 3] = float("nan")
-    assert seen.norms(g)[0].isnan().tolist() == [False, False, True, False, False, False]
+    assert seen.norms(g, False)[0].isnan().tolist() == [False, False, True, False, False, False]
     g[0, 4, 7, 2] = float("inf")
-    assert (~seen.norms(g)[0].isfinite()).tolist() == [False, False, True, False, True, False]
+    assert (~seen.norms(g, False)[0].isfinite()).tolist() == [False, False, True, False, True, False]
 
 
 def test_what_does_not_suit() -> None:
@@ -138,4 +140,4 @@ def test_what_does_not_suit() -> None:
 def test_errors(change, message: str) -> None:
     seen, g, _ = draw(GEOMETRIES[0], 1, 2, 3, 4, torch.float32)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.torch_curvature.convolution_norms(*change(g, seen.images, seen.geometry))
+        torch.ops.torch_curvature.convolution_norms(*change(g, seen.images, seen.geometry), False)

@@ -216,3 +216,52 @@ def test_a_node_that_is_wrong_is_not_used_in_products(monkeypatch: pytest.Monkey
     v = torch.randn(len(truth))
     for _ in range(2):
         close(tc.GaussNewton(model, LOSS, data) @ v, truth @ v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 1, 1), (2, 3, 5, 7, 6), (1, 2, 70, 9, 3), (3, 1, 4, 40, 33), (2, 0, 3, 4, 4)]
+)
+def test_relu_of_images_in_the_other_format(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    V, M, C, H, W = shape
+    result = torch.randn(M, C, H, W, dtype=dtype).relu()
+    if result.numel():
+        result[0, 0, 0, 0] = float("nan")  # as for torch, no number that is not positive
+    G = torch.randn(V * M, C, H, W, dtype=dtype).contiguous(memory_format=torch.channels_last).view(shape)
+    expected = torch.ops.aten.threshold_backward(G, result, 0)
+    torch.ops.torch_curvature.keep_positive_(G, result)
+    assert torch.equal(G, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_relu_between_convolutions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(N, 2, 9, 8)
+    model(x)
+    model, x = model.to(dtype), x.to(dtype)
+    outputs, calls = model(x), []
+    helper = spatial._keep_positive
+    monkeypatch.setattr(spatial, "_keep_positive", lambda *a: (calls.append(a), helper(*a)))
+    edge = get_gradient_edge(model[0].bias)
+    for V in (1, 3):
+        columns = torch.randn(V, *outputs.shape, dtype=dtype)
+        (truth,) = torch.autograd.grad(outputs, edge, columns, is_grads_batched=True, retain_graph=True)
+        (found,) = nodes.pull_back(outputs, [edge], columns)
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+        assert (found - truth).norm() <= tolerance * truth.norm()
+    assert bool(calls) == (dtype is torch.float32)  # else images stay in the usual format, or the helper takes none
+
+
+@pytest.mark.parametrize(
+    ("g", "result", "message"),
+    [
+        (torch.randn(2, 3, 4, 5), torch.randn(3, 4, 5, 6), "must be"),
+        (torch.randn(1, 2, 5, 6, 4).permute(0, 1, 4, 2, 3), torch.randn(3, 4, 5, 6), "shape"),
+        (torch.randn(1, 3, 5, 6, 4).permute(0, 1, 4, 2, 3), torch.randn(3, 4, 5, 6).double(), "dtype"),
+        (torch.randn(1, 3, 4, 5, 6), torch.randn(3, 4, 5, 6), "channels last"),
+        (torch.randn(1, 3, 5, 6, 4).bfloat16().permute(0, 1, 4, 2, 3), torch.randn(3, 4, 5, 6).bfloat16(), "float32"),
+    ],
+)
+def test_errors_of_relu_in_the_other_format(g: Tensor, result: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.torch_curvature.keep_positive_(g, result)

@@ -127,7 +127,7 @@ def test_tracked_step_from_images(
     model, x = model.to(dtype), x.to(dtype).contiguous(memory_format=form)
     met: list[Tensor] = []
     norms, jacobian = Patches.norms, Patches.jacobian
-    monkeypatch.setattr(Patches, "norms", lambda self, g: met.append(g) or norms(self, g))
+    monkeypatch.setattr(Patches, "norms", lambda self, g, bias: met.append(g) or norms(self, g, bias))
     monkeypatch.setattr(Patches, "jacobian", lambda self, g: met.append(g) or jacobian(self, g))
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     with tc.track(model) as t:
@@ -156,7 +156,7 @@ def test_diagonals_from_images(
     data = x.contiguous(memory_format=form), y
     met: list[Tensor] = []
     norms, diagonal = Patches.norms, Patches.diagonal
-    monkeypatch.setattr(Patches, "norms", lambda self, g: met.append(g) or norms(self, g))
+    monkeypatch.setattr(Patches, "norms", lambda self, g, bias: met.append(g) or norms(self, g, bias))
     monkeypatch.setattr(Patches, "diagonal", lambda self, g, sign: met.append(g) or diagonal(self, g, sign))
     G = tc.GaussNewton(model, loss_fn, data)
     found, trace = G.diagonal(), G.trace()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Factor, inner_products
-from ..grams import total_gram
+from ..factors import Factor
+from ..grams import inner_products, total_gram
 from .memory import large_matrix
 
 Kept = tuple[int, int, dict[str, Factor], "Tensor | None"]  # V, N, factors, sign

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..recorder import Recorder
 from .base import Batch, Columns
 from .quadratic import QuadraticMatrix
+from .reductions import norms_of
 
 
 class GaussNewton(QuadraticMatrix):
@@ -116,6 +118,21 @@ class EmpiricalFisher(QuadraticMatrix):
 
     title = "EmpiricalFisher"
     one_column = True
+
+    def gradient_norms(self, squared: bool = False) -> Tensor:
+        """[N] norms ``|grad c_n|`` of the gradients of single samples over all parameters, in the order of the data.
+
+        Not divided by D: what clipping and sampling by importance ask for. No gradient is formed where that is cheaper,
+        and the passes are made without the gradients of the weights; :func:`track` gives them for a step of one's own.
+
+        Args:
+            squared: the squares instead.
+        """
+        squares = norms_of(self, "gradient_norms")
+        return squares if squared else squares.sqrt_()
+
+    def _recorder(self) -> Recorder:
+        return Recorder(self.parameters, write_out=False)  # one column is a gradient: any function has that
 
     def _columns(self, batch: Batch, limit: int) -> Columns:
         yield batch.bound.gradient().detach().unsqueeze(0), None

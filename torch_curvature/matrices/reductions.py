@@ -39,6 +39,20 @@ def trace_of(matrix: Any) -> Tensor:
     return (total / matrix._denominator).to(matrix.dtype)
 
 
+def norms_of(matrix: Any, what: str) -> Tensor:
+    """[N] squared norms of one column for each sample, as the loss of the sample gives it: not divided by D."""
+    parts = []
+    for batch in matrix._sweep(what):
+        batch.scale, batch.backpropagation.once = 1.0, True
+        norms = matrix.zeros(batch.captured.samples)
+        for factors, _ in batch.pieces():
+            found = total_squared_norms(factor for _, factor in factors)
+            if found is not None:
+                norms = found[0]
+        parts.append(norms)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def kronecker_of(matrix: Any, sharing: str) -> dict[str, tuple[Tensor, Tensor]]:
     """{name: (A, B)}; see ``QuadraticMatrix.kronecker``."""
     if sharing not in ("expand", "reduce"):
