@@ -22,7 +22,7 @@ from .factors import Factor
 from .fallback import per_sample_jacobians
 from .joining import with_ones
 from .nodes import pull_back
-from .ops.routing import without_autocast
+from .ops.routing import takes_helpers, without_autocast
 from .plan import Plan, working_dtype
 from .trust import check_same_pass, is_separate, pairs_of_biases, proven, verify
 
@@ -171,9 +171,10 @@ class Backpropagation(ClosedRules):
         single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
         known = None
         if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
-            known = chains.pull_back(outputs, edges, columns)
+            known = chains.pull_back(outputs, edges, columns) if self.plan.chained else None
             if known is None:
                 known = pull_back(outputs, edges, columns)
+                self.plan.chained &= not takes_helpers(columns)  # it was none, and is not looked for again
             if known is not None and by_nodes:
                 return known
         if single:
@@ -190,6 +191,8 @@ class Backpropagation(ClosedRules):
         used once, at one position a sample.  None where others were, or where it is no cheaper.
         """
         if not (self.plan.separate and self.plan.by_nodes) or self.captured.record.hooked:
+            return None
+        if not self.plan.chained:
             return None
         outputs = self.captured.outputs
         return chains.pull_back(outputs, self.captured.record.edges, columns.to(outputs.dtype), True)

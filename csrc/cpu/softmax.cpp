@@ -7,6 +7,8 @@
 // `ignored` and 0 where it is, found [3] in float64: the number of valid rows, of valid rows whose y is no class, of
 // values of p that are NaN. 3 N D K flops and N D K exponentials; bytes of u and p once.
 //
+// subtract_targets_: g [N, D, K] -= valid [N, D] at the classes y [N, D] of rows whose valid is not zero.
+//
 // softmax_columns: p [S, N, K], mass [S, N] -> out [S, high - low, N, K], columns low <= k < high of a square root of
 // |mass| (diag p - p p^T). With the tails r_k = p_k + ... + p_K (nothing beyond K), column k is, times sqrt |mass|,
 //   sqrt(p_k r_{k+1} / r_k) at k,   -p_j sqrt(p_k / (r_k r_{k+1})) at j > k,   0 at j < k,
@@ -15,6 +17,7 @@
 //
 // softmax_product: p [N, D, K], mass [N, D], u [V, N, D, K] -> out [V, N, D, K], mass (diag p - p p^T) u. 4 V N D K
 // flops; bytes of u and out once.
+#include "exponential.h"
 #include "kernel.h"
 
 #include <cmath>
@@ -31,12 +34,17 @@ Tensor three_counts() {
   return Tensor(handle);
 }
 
+// What the exponentials are taken of, and then their share of the sum.
 template <class T>
-void softmax_row(const T* u, int64_t stride, int64_t K, T* p) {
+void below_largest(const T* u, int64_t stride, int64_t K, T* p) {
   T largest = u[0];
   for (int64_t k = 1; k < K; ++k) largest = std::max(largest, u[k * stride]);
+  for (int64_t k = 0; k < K; ++k) p[k] = u[k * stride] - largest;
+}
+template <class T>
+void scale_to_one(T* p, int64_t K) {
   double sum = 0;
-  for (int64_t k = 0; k < K; ++k) sum += p[k] = std::exp(u[k * stride] - largest);
+  for (int64_t k = 0; k < K; ++k) sum += p[k];
   const T scale = static_cast<T>(1 / sum);
   for (int64_t k = 0; k < K; ++k) p[k] *= scale;
 }
@@ -55,9 +63,12 @@ std::tuple<Tensor, Tensor, Tensor> softmax_targets(const Tensor& u, const Tensor
       const T* x = static_cast<const T*>(u.data_ptr());
       const int64_t* target = static_cast<const int64_t*>(y.data_ptr());
       T *to = static_cast<T*>(p.data_ptr()), *flag = static_cast<T*>(valid.data_ptr());
+      for (int64_t r = 0; r < N * D; ++r)
+        below_largest<T>(x + r / D * u.stride(0) + r % D * u.stride(1), u.stride(2), K, to + r * K);
+      exponentials<T>(to, N * D * K);
       for (int64_t r = 0; r < N * D; ++r) {
         const int64_t n = r / D, d = r % D, c = target[n * y.stride(0) + d * y.stride(1)];
-        softmax_row<T>(x + n * u.stride(0) + d * u.stride(1), u.stride(2), K, to + r * K);
+        scale_to_one<T>(to + r * K, K);
         flag[r] = c != ignored;
         counted += c != ignored;
         outside += c != ignored && (c < 0 || c >= K);
@@ -71,6 +82,29 @@ std::tuple<Tensor, Tensor, Tensor> softmax_targets(const Tensor& u, const Tensor
   counts[0] = static_cast<double>(counted), counts[1] = static_cast<double>(outside);
   counts[2] = static_cast<double>(nan);
   return {p, valid, found};
+}
+
+void subtract_targets_(const Tensor& g, const Tensor& y, const Tensor& valid) {
+  bool fits = g.dim() == 3 && y.dim() == 2 && valid.dim() == 2 && y.scalar_type() == ScalarType::Long &&
+              valid.scalar_type() == g.scalar_type();
+  for (int64_t k = 0; fits && k < 2; ++k) fits = y.size(k) == g.size(k) && valid.size(k) == g.size(k);
+  CURVATURE_CHECK(fits, "subtract_targets_: g [N, D, K], y [N, D] of int64 and valid [N, D] of one dtype are needed.");
+  dispatch_floating(g.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = static_cast<T*>(g.data_ptr());
+    const T* weight = static_cast<const T*>(valid.data_ptr());
+    const int64_t* target = static_cast<const int64_t*>(y.data_ptr());
+    for (int64_t n = 0; n < g.size(0); ++n)
+      for (int64_t d = 0; d < g.size(1); ++d) {
+        const T w = weight[n * valid.stride(0) + d * valid.stride(1)];
+        if (w == T(0)) continue;
+        const int64_t c = target[n * y.stride(0) + d * y.stride(1)];
+        CURVATURE_CHECK(0 <= c && c < g.size(2), "subtract_targets_: y holds ", c, ", which is none of the ", g.size(2),
+                        " classes.");
+        T& place = to[n * g.stride(0) + d * g.stride(1) + c * g.stride(2)];
+        place = place - w;
+      }
+  });
 }
 
 // Columns low to high of one row, `step` apart; `tail` has room for K + 1.
@@ -157,12 +191,14 @@ Tensor softmax_product(const Tensor& p, const Tensor& mass, const Tensor& u) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
   m.def("softmax_targets(Tensor u, Tensor y, int ignored) -> (Tensor, Tensor, Tensor)");
+  m.def("subtract_targets_(Tensor(a!) g, Tensor y, Tensor valid) -> ()");
   m.def("softmax_columns(Tensor p, Tensor mass, int low, int high) -> Tensor");
   m.def("softmax_product(Tensor p, Tensor mass, Tensor u) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
   m.impl("softmax_targets", TORCH_BOX(&softmax_targets));
+  m.impl("subtract_targets_", TORCH_BOX(&subtract_targets_));
   m.impl("softmax_columns", TORCH_BOX(&softmax_columns));
   m.impl("softmax_product", TORCH_BOX(&softmax_product));
 }

@@ -47,6 +47,44 @@ def test_all_columns_are_a_square_root(function: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_exponentials_far_below_the_largest(dtype: torch.dtype) -> None:
+    """Relative to their own size, down to what is no normal number any more."""
+    limit = {torch.float32: -104.0, torch.float64: -745.0}[dtype]
+    x = torch.cat([torch.linspace(limit, 0, 999, dtype=dtype), -torch.logspace(-12, 0, 50, dtype=dtype)]).to("cpu")
+    u = torch.stack([torch.zeros_like(x), x], 1).unsqueeze(1)
+    found = small_batches.softmax_targets(u, torch.zeros(len(x), 1, dtype=torch.long, device="cpu"), -100)
+    assert found is not None
+    ratio = found.p[:, 0, 1] / found.p[:, 0, 0]
+    exact = x.double().exp()
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (ratio.double() - exact).abs()
+    assert bool((error <= 4 * torch.finfo(dtype).eps * exact + 2 * smallest).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("helped", [True, False])
+def test_subtract_targets(dtype: torch.dtype, helped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not helped:
+        monkeypatch.setattr(small_batches, "takes_helpers", lambda x: False)
+    y, valid = torch.randint(5, (6, 7), device="cpu"), torch.rand(7, 6, dtype=dtype, device="cpu").T
+    valid[2, 3] = valid[4, 0] = 0
+    y[2, 3] = -100
+    for g in (torch.randn(6, 7, 5, dtype=dtype, device="cpu"), torch.randn(6, 5, 7, dtype=dtype, device="cpu").mT):
+        one_hot = torch.nn.functional.one_hot(y.clamp(min=0), 5).to(dtype)
+        expected = g - one_hot * valid.unsqueeze(-1)
+        assert small_batches.subtract_targets(g, y, valid) is g
+        assert torch.equal(g, expected)
+
+
+def test_errors_of_subtract_targets() -> None:
+    g, y, valid = (x.to("cpu") for x in (torch.zeros(2, 3, 4), torch.full((2, 3), 4), torch.ones(2, 3)))
+    with pytest.raises(RuntimeError, match="y holds 4, which is none of the 4 classes"):
+        torch.ops.torch_curvature.subtract_targets_(g, y, valid)
+    with pytest.raises(RuntimeError, match="are needed"):
+        torch.ops.torch_curvature.subtract_targets_(g, y[:1], valid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_targets(dtype: torch.dtype) -> None:
     u = 5 * torch.randn(6, 4, 7, dtype=dtype, device="cpu").mT
     y = torch.randint(4, (6, 7), device="cpu")

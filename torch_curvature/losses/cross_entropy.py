@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .call import Call, rows_of_input
 from .checks import check_class_weight, check_tensor, raise_if
-from .small_batches import softmax_targets
+from .small_batches import softmax_targets, subtract_targets
 from .softmax import SoftmaxLoss
 
 
@@ -96,9 +96,6 @@ def _from_plain_indices(call: Call) -> SoftmaxLoss | None:
         raise ValueError(_outside(call) if found.outside else _not_a_number(call))
     valid = found.valid
 
-    def subtract_target(g: Tensor) -> Tensor:
-        return g.scatter_add_(-1, torch.where(valid != 0, y, 0).unsqueeze(-1), -valid.unsqueeze(-1))
-
     def sum_of(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.reshape(-1, classes), y.reshape(-1), ignore_index=ignored, reduction="sum")
 
@@ -109,7 +106,7 @@ def _from_plain_indices(call: Call) -> SoftmaxLoss | None:
         call.denominator(found.total),
         probabilities=found.p,
         mass=valid,
-        subtract_target=subtract_target,
+        subtract_target=lambda g: subtract_targets(g, y, valid),
         sum_of=sum_of,
         unweighted=found.every,
     )

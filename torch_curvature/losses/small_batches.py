@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ops.routing import takes_helpers
 
 _targets = torch.ops.torch_curvature.softmax_targets.default._op
+_subtract = torch.ops.torch_curvature.subtract_targets_.default._op
 _columns = torch.ops.torch_curvature.softmax_columns.default._op
 _product = torch.ops.torch_curvature.softmax_product.default._op
 
@@ -47,6 +48,14 @@ def softmax_targets(logits: Tensor, y: Tensor, ignored: int) -> Targets | None:
     p, valid, found = _targets(logits, y, ignored)
     total, outside, nan = found.tolist()
     return Targets(p, valid, found[0], outside > 0, nan > 0, total == y.numel())
+
+
+def subtract_targets(g: Tensor, y: Tensor, valid: Tensor) -> Tensor:
+    """`valid [N, D]` subtracted from `g [N, D, K]` at the classes `y [N, D]`, in place; rows of zero are left alone."""
+    if takes_helpers(g) and takes_helpers(valid) and g.dtype == valid.dtype and type(y) is Tensor:
+        _subtract(g, y, valid)
+        return g
+    return g.scatter_add_(-1, torch.where(valid != 0, y, 0).unsqueeze(-1), -valid.unsqueeze(-1))
 
 
 def softmax_columns(p: Tensor, mass: Tensor, low: int, high: int) -> Tensor | None:
