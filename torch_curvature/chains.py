@@ -8,6 +8,7 @@ graph (as ``nodes.py`` knows any graph of such nodes) and run by one helper of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,18 @@ _dense_chain = torch.ops.torch_curvature.dense_chain.default._op
 DENSE, SLOPE, POSITIVE, KEEP = range(4)  # kinds of steps as the helpers number them
 UNKNOWN = -1
 
-# Entries of weights that stay in the second-level cache of one core (float32: half a MiB). Larger layers are worth a
-# matrix product of their own.
-MOST_WEIGHTS = 1 << 17
+
+def _most_weights() -> int:
+    """Entries of weights that fill half of the second-level cache of one core in float32; those of half a MiB where
+    its size is not known. Larger layers are worth a matrix product of their own."""
+    try:
+        kibibytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K"))
+    except (OSError, ValueError):
+        kibibytes = 0
+    return min(max(1 << 17, kibibytes * 1024 // 8), 1 << 19)
+
+
+MOST_WEIGHTS = _most_weights()
 
 
 class Link(NamedTuple):

@@ -107,7 +107,7 @@ LEFT: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
     "a weight that is computed": lambda z, w, b: z @ w.tanh(),
     "a bias that is broadcast": lambda z, w, b: torch.addmm(nn.Parameter(b.detach()[:1]), z, w),
     "softmax": lambda z, w, b: (z @ w).softmax(1),
-    "a large layer": lambda z, w, b: z @ nn.Parameter(torch.ones(4, 40000)),
+    "a large layer": lambda z, w, b: z @ nn.Parameter(torch.ones(4, 140000)),
     "three axes": lambda z, w, b: z.view(2, -1, 4) @ w,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,17 @@ EVERY: list[Callable[[Tensor], Tensor]] = [
     *(torch.relu, torch.tanh, torch.sigmoid, F.gelu, F.silu, F.elu, F.softplus, F.hardtanh, F.hardswish, F.mish),
     *(F.logsigmoid, torch.sin, torch.cos, torch.exp),
 ]
+
+
+class Sum(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +112,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "three axes": lambda z, w: z.view(2, -1, 4) @ w,
     "softmax": lambda z, w: z.softmax(1),
     "another dtype": lambda z, w: z.float(),
-    "a hidden layer of large weights": lambda z, w: z @ torch.ones(4, 40000) @ torch.ones(40000, 4),
+    "a hidden layer of large weights": lambda z, w: z @ torch.ones(4, 140000) @ torch.ones(140000, 4),
 }
 
 
@@ -111,6 +123,36 @@ def test_what_is_no_chain(name: str) -> None:
     outputs = LEFT[name](z, w)
     columns = torch.randn(2, *outputs.shape).to(outputs)
     assert chains.pull_back(outputs, [get_gradient_edge(z)], columns) is None
+
+
+def test_what_was_no_chain_is_not_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, calls = chains.chain_between, []
+    monkeypatch.setattr(chains, "chain_between", lambda *a: (calls.append(a), search(*a))[1])
+    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    residual = nn.Sequential(nn.Linear(3, 4), Sum(block), nn.Linear(4, 2))
+    data, loss = (torch.randn(6, 3), torch.randn(6, 2)), nn.MSELoss()
+    truth = reference.gauss_newton(residual, loss, data)
+    for expected in (1, 0, 0):
+        calls.clear()
+        diagonal = tc.GaussNewton(residual, loss, data).diagonal()
+        close(torch.cat([d.flatten() for d in diagonal.values()]), truth.diagonal())
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("512K", 1 << 17), ("2048K\n", 1 << 18), ("64M", 1 << 17), ("1048576K", 1 << 19)]
+)
+def test_largest_weights_by_the_cache(text: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert chains._most_weights() == most
+
+
+def test_largest_weights_where_nothing_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert chains._most_weights() == 1 << 17
 
 
 def test_edges_off_the_chain() -> None:
