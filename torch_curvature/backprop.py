@@ -171,10 +171,9 @@ class Backpropagation(ClosedRules):
         single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
         known = None
         if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
-            known = chains.pull_back(outputs, edges, columns) if self.plan.chained else None
+            known = self._chained(columns)
             if known is None:
                 known = pull_back(outputs, edges, columns)
-                self.plan.chained &= not takes_helpers(columns)  # it was none, and is not looked for again
             if known is not None and by_nodes:
                 return known
         if single:
@@ -192,10 +191,17 @@ class Backpropagation(ClosedRules):
         """
         if not (self.plan.separate and self.plan.by_nodes) or self.captured.record.hooked:
             return None
-        if not self.plan.chained:
+        return self._chained(columns.to(self.captured.outputs.dtype), True)
+
+    def _chained(self, columns: Tensor, roots: bool = False) -> list[Tensor] | None:
+        """Columns pulled back through a chain; what was none is not searched for one again."""
+        several = len(columns) > 1
+        if several in self.plan.unchained:
             return None
-        outputs = self.captured.outputs
-        return chains.pull_back(outputs, self.captured.record.edges, columns.to(outputs.dtype), True)
+        found = chains.pull_back(self.captured.outputs, self.captured.record.edges, columns, roots)
+        if found is None and takes_helpers(columns):
+            self.plan.unchained.add(several)
+        return found
 
     def _batched(self, backward: Callable[[Tensor, bool], Sequence[Tensor | None]], columns: Tensor) -> Any:
         """All columns in one backward pass, or one pass each where a function of the model cannot."""

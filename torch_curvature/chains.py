@@ -34,6 +34,7 @@ def _most_weights() -> int:
 
 
 MOST_WEIGHTS = _most_weights()
+FEW_WEIGHTS = 1 << 17  # where one column passes by: torch's product of all samples at once is faster beyond
 
 
 class Link(NamedTuple):
@@ -96,8 +97,9 @@ def links(outputs: Tensor) -> Iterator[Link]:
         node = link.before
 
 
-def chain_between(outputs: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
-    """The chain that leads from ``outputs [N, F]`` to all edges; None where the graph is no such chain."""
+def chain_between(outputs: Tensor, edges: Sequence[GradientEdge], most: int) -> Chain | None:
+    """The chain that leads from ``outputs [N, F]`` to all edges; None where the graph is no such chain, or its weights
+    have more than ``most`` entries."""
     wanted = {edge.node: index for index, edge in enumerate(edges) if edge.output_nr == 0}
     if not wanted or len(wanted) != len(edges):
         return None
@@ -116,7 +118,7 @@ def chain_between(outputs: Tensor, edges: Sequence[GradientEdge]) -> Chain | Non
                 return None
             operand = link.node._saved_mat2.T
             entries += operand.numel()
-            if entries > MOST_WEIGHTS:
+            if entries > most:
                 return None
         else:
             operand = link.node._saved_result if link.kind == POSITIVE else link.slope(outputs.dtype)
@@ -140,7 +142,7 @@ def pull_back(
         with torch.no_grad():
             if not takes_helpers(columns):
                 return None
-            chain = chain_between(outputs, edges)
+            chain = chain_between(outputs, edges, MOST_WEIGHTS if len(columns) > 1 else FEW_WEIGHTS)
             if chain is None:
                 return None
             found = _dense_chain(columns, chain.operands, chain.kinds, roots)

@@ -74,7 +74,7 @@ class Plan:
     conclusive: bool = True  # nothing vanished in the check, so that it need not be made again
     batched: bool = True  # one backward pass for all columns; False where a function of the model cannot
     by_nodes: bool | None = None  # the known nodes of the graph gave what autograd gives; None: not tried
-    chained: bool = True  # a chain, as far as is known
+    unchained: set[bool] = field(default_factory=set)  # no chain for several columns (True), for one (False)
     second_by_nodes: dict[Any, bool] = field(default_factory=dict)  # the same of second derivatives, by graph
 
 
