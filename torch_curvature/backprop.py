@@ -163,12 +163,14 @@ class Backpropagation(ClosedRules):
         outputs, edges = self.captured.outputs, self.captured.record.edges
         columns = columns.to(outputs.dtype)
 
+        single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
+        keep = not (single and self.once) or bool(self.plan.fallback)  # the graph, else freed on the way
+
         def backward(vector: Tensor, batched: bool) -> Sequence[Tensor | None]:
             return torch.autograd.grad(
-                outputs, edges, vector, retain_graph=True, allow_unused=True, is_grads_batched=batched
+                outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=batched
             )
 
-        single, by_nodes = columns.shape[0] == 1, self.plan.by_nodes
         known = None
         if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
             known = self._chained(columns)

@@ -25,7 +25,8 @@ class ClosedRules:
 
     Attributes:
         plan: how each parameter is handled.
-        once: there is one column: inputs that are large unfolded are so a few samples at a time, and are not kept.
+        once: there is one column, pulled back once: inputs that are large unfolded are so a few samples at a time, and
+            neither they nor the graph are kept.
         from_images: norms and diagonals alone are wanted, for which convolutions need no unfolded input.
     """
 
