@@ -99,7 +99,8 @@ def test_fisher_and_gradient_second_moment(name: str) -> None:
     loss = nn.CrossEntropyLoss(reduction="sum")
     compare(lambda m, d: tc.Fisher(m, loss, d), some, model, data)
     compare(lambda m, d: tc.Fisher(m, loss, d, samples=3), {**some, **GRAM}, model, data)
-    compare(lambda m, d: tc.EmpiricalFisher(m, loss, d), {**some, **GRAM}, model, data)
+    norms: dict[str, Cell] = {"gradient_norms": lambda m: m.gradient_norms()}
+    compare(lambda m, d: tc.EmpiricalFisher(m, loss, d), {**some, **GRAM, **norms}, model, data)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -48,6 +48,7 @@ QUANTITIES: dict[str, tuple[Callable[[nn.Module, Any], Any], int]] = {
     "gram": (lambda m, d: tc.GaussNewton(m, nn.CrossEntropyLoss(), d).gram(), LOSS),
     "@": (lambda m, d: _product(tc.GaussNewton(m, nn.CrossEntropyLoss(), d)), 2),
     "gradient second moment": (lambda m, d: tc.EmpiricalFisher(m, nn.CrossEntropyLoss(), d).dense(), 1),
+    "gradient norms": (lambda m, d: tc.EmpiricalFisher(m, nn.CrossEntropyLoss(), d).gradient_norms(), 1),
     "sampled Fisher": (lambda m, d: tc.Fisher(m, nn.CrossEntropyLoss(), d, samples=2).diagonal(), LOSS),
     "Jacobian gram": (lambda m, d: tc.Jacobian(m, d).gram(), 0),
     "Hessian": (lambda m, d: tc.Hessian(m, nn.CrossEntropyLoss(), d).dense(), LOSS),

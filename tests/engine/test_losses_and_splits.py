@@ -123,11 +123,16 @@ def close(ours: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_split_invariance(name: str, reduction: str) -> None:
     make_loss, make_model, make_inputs, make_targets = LOSSES[name]
+    state = torch.get_rng_state()
+    undivided = make_loss("sum")
+    torch.set_rng_state(state)  # the same weights
     loss, model, x, y = make_loss(reduction), make_model(), make_inputs(), make_targets()
     G = reference.gauss_newton(model, loss, (x, y))
     divisor = {"sum": 1, "mean": N}[reduction] if name == "any callable" else None  # it cannot tell
     E = reference.empirical_fisher(model, loss, (x, y), denominator=divisor)
     v = torch.randn(len(G))
+    each = reference.per_sample_gradients(model, undivided, (x, y))
+    norms = torch.cat([g.flatten(1) for g in each.values()], 1).norm(dim=1)
     for split in SPLITS.values():
         data: Any = [(a, b) for a, b in zip(x.split(split), y.split(split))] if len(split) > 1 else (x, y)
         ours = tc.GaussNewton(model, loss, data)
@@ -139,6 +144,7 @@ def test_split_invariance(name: str, reduction: str) -> None:
         second = tc.EmpiricalFisher(model, loss, data)
         close(second.dense(), E)
         close(second @ v, E @ v)
+        close(second.gradient_norms(), norms)
         if name != "any callable":
             close(ours.gram().norm(), G.norm())
 
