@@ -78,18 +78,23 @@ def reference_of(workload: Workload, case: Case, device: torch.device) -> Tensor
     return reference
 
 
+def set_floors(entry: dict, limits: dict[str, float]) -> None:
+    """Counted flops and bytes over the speeds that the machine has reached so far in this run."""
+    compute, memory = entry["flops"] / limits["matmul"] * 1e3, entry["bytes"] / limits["copy"] * 1e3
+    products = (entry["flops"] - entry["flops_of_passes"]) / limits["matmul"] * 1e3
+    entry.update(floor_ms=max(compute, memory), compute_ms=compute, memory_ms=memory, products_ms=products)
+
+
 def measure(workload: Workload, device: torch.device, limits: dict[str, float], options: argparse.Namespace) -> dict:
     progress(f"{workload.name}: {workload.title}")
     case = workload.build(device)
     reference = reference_of(workload, case, device)
-    compute, memory = case.flops / limits["matmul"] * 1e3, case.bytes / limits["copy"] * 1e3
     entry: dict = {
         "name": workload.name, "title": workload.title, "target": workload.target,
-        "floor_ms": max(compute, memory), "compute_ms": compute, "memory_ms": memory,
-        "flops": case.flops, "bytes": case.bytes,
-        "products_ms": (case.flops - case.flops_of_passes) / limits["matmul"] * 1e3,
+        "flops": case.flops, "flops_of_passes": case.flops_of_passes, "bytes": case.bytes,
         "bounds": bounds(case.flops, case.bytes, gpu_name(device)), "contestants": {},
     }  # fmt: skip
+    set_floors(entry, limits)
     found, runs, first, pages = entry["contestants"], {}, {}, {}
     unknown = max(64.0, 3 * case.bytes / 2**20)  # MiB that a call is taken to touch where that is not measured
     for label in case.contestants:

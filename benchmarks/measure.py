@@ -126,7 +126,7 @@ def interleaved(
     return timings
 
 
-def ceilings(device: torch.device, clock: Clock) -> dict[str, float]:
+def ceilings(device: torch.device, clock: Clock, seconds: float = 2.0) -> dict[str, float]:
     """What this machine does now: flop/s of a float32 matrix product, bytes/s of a copy and of filling memory."""
     n = 2048 if device.type == "cpu" else 8192
     a, b, c = (torch.rand(n, n, device=device) for _ in range(3))
@@ -136,7 +136,7 @@ def ceilings(device: torch.device, clock: Clock) -> dict[str, float]:
         "copy": lambda: y.copy_(x),
         "fill": lambda: y.fill_(1.0),
     }
-    timings = interleaved(runs, clock, 2.0, 15)
+    timings = interleaved(runs, clock, seconds, 15)
     size = x.numel() * x.element_size()
     work = {"matmul": 2.0 * n**3, "copy": 2.0 * size, "fill": float(size)}
     return {name: work[name] / (t.least * 1e-3) for name, t in timings.items()}

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import environment
-from benchmarks.contest import check, measure
+from benchmarks.contest import check, measure, set_floors
 from benchmarks.counting import count
 from benchmarks.measure import Clock, interleaved
 from benchmarks.memory import back_pages, peak_in_fresh_process, peak_memory
@@ -54,6 +54,18 @@ def test_a_contestant_is_right_wrong_or_shown_with_its_message() -> None:
         run, message, _ = check(case, label, reference)
         assert run is None
         assert message.startswith(expected), message
+
+
+def test_floors_are_those_of_the_best_speeds() -> None:
+    entry = {"flops": 6e9, "flops_of_passes": 2e9, "bytes": 1e9}
+    for matmul, copy, expected in (
+        (1e12, 1e11, (10, 6, 10, 4)),
+        (1e12, 5e11, (6, 6, 2, 4)),
+        (2e12, 5e11, (3, 3, 2, 2)),
+    ):
+        set_floors(entry, {"matmul": matmul, "copy": copy})
+        found = [entry[key] for key in ("floor_ms", "compute_ms", "memory_ms", "products_ms")]
+        assert found == pytest.approx(expected)
 
 
 def test_turns_are_taken_and_garbage_is_left_for_later() -> None:
