@@ -171,18 +171,19 @@ class Backpropagation(ClosedRules):
                 outputs, edges, vector, retain_graph=keep, allow_unused=True, is_grads_batched=batched
             )
 
-        known = None
+        ways: list[Sequence[Tensor | None]] = []
         if (by_nodes or (by_nodes is None and not single)) and not self.captured.record.hooked:
-            known = self._chained(columns)
-            if known is None:
-                known = pull_back(outputs, edges, columns)
-            if known is not None and by_nodes:
-                return known
+            chained = self._chained(columns)
+            nodes = None if by_nodes and chained is not None else pull_back(outputs, edges, columns)
+            ways = [way for way in (chained, nodes) if way is not None]
+            if ways and by_nodes:
+                return ways[0]
         if single:
             return [None if d is None else d.unsqueeze(0) for d in backward(columns[0], False)]
         found = self._batched(backward, columns)
-        if known is not None:
-            self.plan.by_nodes = proven(known, found)
+        if ways:  # each, for what goes by a chain here may go node by node where there is one column
+            verdicts = [proven(way, found) for way in ways]
+            self.plan.by_nodes = False if False in verdicts else verdicts[0]
         return found
 
     def roots(self, columns: Tensor) -> Sequence[Tensor | None] | None:

@@ -98,6 +98,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         replacement = self.replacements.get(func)
         if replacement is not None and replacement[0](*args, **kwargs):
+            self.record.signature.append(replacement[1])  # the graph is another one than where it is called as it is
             with self:
                 return replacement[1](*args, **kwargs)
         refusal = REFUSALS.get(func)

@@ -109,7 +109,8 @@ def pairs_of_biases(pass_: Pass) -> dict[str, str]:
         bias = biases.get(place)
         if bias is None or plan.layouts[weight] != plan.layouts[bias]:
             continue
-        if (uses[weight].use.gradient, uses[bias].use.gradient) in _OF_WEIGHT_AND_BIAS:
+        one_axis = pass_.parameters[uses[bias].name].dim() == 1  # the shape that sums over parameters give it
+        if one_axis and (uses[weight].use.gradient, uses[bias].use.gradient) in _OF_WEIGHT_AND_BIAS:
             found[uses[weight].name] = uses[bias].name
     return found
 

@@ -13,14 +13,13 @@ namespace torch_curvature::cpu {
 class Ahead {
  public:
   void clear() { count_ = at_ = lines_ = each_ = 0; }
-  // `rows` rows of `count` numbers that are `apart`; what does not fit into the list is left to the processor.
+  // `count` numbers from x on; what does not fit into the list is left to the processor.
   template <class T>
-  void add(const T* x, int64_t count, int64_t rows = 1, int64_t apart = 0) {
-    if (count_ == kMost || count * rows == 0) return;
+  void add(const T* x, int64_t count) {
+    if (count_ == kMost || count == 0) return;
     const char* first = reinterpret_cast<const char*>(x);
-    const int64_t bytes = count * sizeof(T);
-    ranges_[count_++] = {first, first, bytes, rows, static_cast<int64_t>(apart * sizeof(T))};
-    lines_ += (bytes + kLine - 1) / kLine * rows;
+    ranges_[count_++] = {first, first + count * sizeof(T)};
+    lines_ += (count * sizeof(T) + kLine - 1) / kLine;
   }
   // All of it is to be asked for in so many calls of fetch.
   void spread(int64_t calls) { each_ = (lines_ + calls - 1) / std::max<int64_t>(1, calls); }
@@ -29,17 +28,14 @@ class Ahead {
     for (int64_t k = 0; k < each_ && at_ < count_; ++k) {
       Range& range = ranges_[at_];
       __builtin_prefetch(range.next, 0, 2);
-      if ((range.next += kLine) < range.row + range.bytes) continue;
-      range.next = range.row += range.apart;
-      if (--range.rows == 0) ++at_;
+      if ((range.next += kLine) >= range.end) ++at_;
     }
   }
 
  private:
   static constexpr int64_t kMost = 8, kLine = 64;
   struct Range {
-    const char *row = nullptr, *next = nullptr;
-    int64_t bytes = 0, rows = 0, apart = 0;
+    const char *next = nullptr, *end = nullptr;
   };
   std::array<Range, kMost> ranges_{};
   int64_t count_ = 0, at_ = 0, lines_ = 0, each_ = 0;

@@ -17,10 +17,10 @@ struct Axis {
     return false;
   }
   // Numbers s of the part of residue r with 0 <= s stride + r - padding < size: the first, and how many.
-  int64_t first(int64_t r) const { return padding > r ? (padding - r + stride - 1) / stride : 0; }
+  int64_t first(int64_t r) const { return padding > r ? divide_up(padding - r, stride) : 0; }
   int64_t count(int64_t r) const {
     const int64_t at = first(r) * stride + r - padding;
-    return at < size ? std::max<int64_t>(0, std::min(extent() - first(r), (size - at + stride - 1) / stride)) : 0;
+    return at < size ? std::max<int64_t>(0, std::min(extent() - first(r), divide_up(size - at, stride))) : 0;
   }
   int64_t extent() const { return out + shift(kernel - 1); }  // of a part of the padded input
 };

@@ -24,3 +24,10 @@ def float64(request: pytest.FixtureRequest) -> Iterator[None]:
 def on_the_device_under_test(float64: None, device: str) -> Iterator[None]:
     with on(device):
         yield
+
+
+@pytest.fixture
+def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
+    """For tests of helpers that only the CPU has."""
+    with torch.device("cpu"):
+        yield

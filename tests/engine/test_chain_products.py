@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,14 +17,9 @@ from torch_curvature.chain_products import product_chain
 from .test_chains import EVERY
 from .test_matrices import close
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
+
 ahead, back = torch.ops.torch_curvature.dense_chain_ahead, torch.ops.torch_curvature.dense_chain_back
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """They are helpers of the CPU."""
-    with torch.device("cpu"):
-        yield
 
 
 class Perceptron(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 import torch_curvature as tc
-from torch_curvature import chains, nodes, reference
+from torch_curvature import backprop, chains, nodes, reference
 
 from .test_matrices import close
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
 
 dense_chain = torch.ops.torch_curvature.dense_chain
 EVERY: list[Callable[[Tensor], Tensor]] = [
@@ -34,13 +36,6 @@ class Sum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """It is a helper of the CPU."""
-    with torch.device("cpu"):
-        yield
 
 
 def perceptron(widths: list[int], functions: list[Any], N: int, bias: bool = True) -> tuple[Tensor, list[Tensor]]:
@@ -153,6 +148,38 @@ def test_largest_weights_where_nothing_says(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert chains._most_weights() == 1 << 17
+
+
+@pytest.mark.parametrize("wrong", [None, "chain", "nodes"])
+def test_one_column_goes_node_by_node_where_several_go_by_a_chain(
+    wrong: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways are compared with autograd's before one is taken."""
+    monkeypatch.setattr(chains, "FEW_WEIGHTS", 0)
+    taken: list[str] = []
+    for place, name, way in ((chains, "chain", chains.pull_back), (backprop, "nodes", backprop.pull_back)):
+
+        def counted(*args: Any, name: str = name, way: Any = way) -> Any:
+            found = way(*args)
+            if found is not None:
+                taken.append(name)
+                found = [2 * part for part in found] if name == wrong else found
+            return found
+
+        monkeypatch.setattr(place, "pull_back", counted)
+    model, loss = (
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)),
+        nn.CrossEntropyLoss(),
+    )
+    data = torch.randn(9, 5), torch.randint(4, (9,))
+    for _ in range(2):
+        taken.clear()
+        norms = tc.EmpiricalFisher(model, loss, data).gradient_norms(squared=True)
+        close(norms.sum() / 9, reference.empirical_fisher(model, loss, data).trace())
+        assert taken[-1:] == (["nodes"] if wrong is None else taken[-1:])
+        diagonal = tc.GaussNewton(model, loss, data).diagonal()
+        close(torch.cat([d.flatten() for d in diagonal.values()]), reference.gauss_newton(model, loss, data).diagonal())
+    assert taken == (["nodes", "chain"] if wrong is None else [])
 
 
 def test_edges_off_the_chain() -> None:

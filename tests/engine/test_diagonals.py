@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Size, Tensor, nn
@@ -14,14 +12,9 @@ from torch_curvature.factors import Factor
 
 from .test_matrices import close
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
+
 dense_diagonals = torch.ops.torch_curvature.dense_diagonals
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """The helper is one of the CPU."""
-    with torch.device("cpu"):
-        yield
 
 
 def plain(g: Tensor, a: Tensor | None, sign: Tensor | None) -> Tensor:

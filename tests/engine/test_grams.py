@@ -11,7 +11,9 @@ from torch_curvature import grams, reference
 from torch_curvature.factors import Factor
 
 from .test_matrices import close
-from .test_norms import factor, on_the_cpu  # noqa: F401
+from .test_norms import factor
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helper is one of the CPU
 
 dense_gram = torch.ops.torch_curvature.dense_gram
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,14 +13,9 @@ from torch.nn import functional as F
 import torch_curvature as tc
 from torch_curvature.layers import normalisation
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
+
 normalised_sums = torch.ops.torch_curvature.normalised_sums
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """The helper is one of the CPU."""
-    with torch.device("cpu"):
-        yield
 
 
 @pytest.fixture

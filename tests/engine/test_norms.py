@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torch_curvature as tc
-from torch_curvature import factors, norms
+from torch_curvature import factors, norms, reference
 from torch_curvature.factors import Factor, squared_norms
 from torch_curvature.joining import with_ones
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
+
 dense_norms = torch.ops.torch_curvature.dense_norms
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(on_the_device_under_test: None) -> Iterator[None]:
-    """The helper is one of the CPU."""
-    with torch.device("cpu"):
-        yield
 
 
 def factor(V: int, N: int, S: int, O: int, I: int | None, bias: bool, dtype: torch.dtype) -> Factor:
@@ -147,3 +142,46 @@ def test_errors(g: list[tuple[int, ...]], a: list[tuple[int, ...]], bias: list[i
         dense_norms([torch.randn(2, 5, 6)[..., ::2]], [torch.randn(5, 4)], [0])
     with pytest.raises(RuntimeError, match="another dtype"):
         dense_norms([torch.randn(2, 5, 6)], [torch.randn(5, 4).float()], [0])
+
+
+class Sequences(nn.Module):
+    """Fused attention between dense layers over tokens, one bias of two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.last = nn.Linear(4, 12), nn.Linear(4, 3, bias=False)
+        self.bias = nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return nn.functional.linear(torch.tanh(mixed).mean(1), self.last.weight, self.bias)
+
+
+@pytest.mark.parametrize("first", ["one column", "several"])
+def test_fused_attention_of_one_column_and_written_out_of_several(first: str) -> None:
+    """What one graph can do is not held against the other; and results have the shapes of the parameters."""
+    model, loss = Sequences(), nn.CrossEntropyLoss()
+    data = torch.randn(5, 6, 4), torch.randint(3, (5,))
+    halves = [(data[0][:2], data[1][:2]), (data[0][2:], data[1][2:])]
+    G, E = reference.gauss_newton(model, loss, data), reference.empirical_fisher(model, loss, data)
+    gradients = reference.per_sample_gradients(model, nn.CrossEntropyLoss(reduction="sum"), data)
+    rows = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    plans: dict[bool, list[Any]] = {True: [], False: []}
+    for one_column in (True, False, True) if first == "one column" else (False, True, False):
+        if one_column:
+            for batches in (data, halves):
+                matrix = tc.EmpiricalFisher(model, loss, batches)
+                torch.testing.assert_close(matrix.gradient_norms(), rows.norm(dim=1))
+                torch.testing.assert_close(matrix.gram(), rows @ rows.T / 5)
+                torch.testing.assert_close(matrix.trace(), E.trace())
+                diagonal = matrix.diagonal()
+                plans[True] += matrix._plans
+                torch.testing.assert_close(torch.cat([d.flatten() for d in diagonal.values()]), E.diagonal())
+        else:
+            several = tc.GaussNewton(model, loss, data)
+            diagonal = several.diagonal()
+            torch.testing.assert_close(torch.cat([d.flatten() for d in diagonal.values()]), G.diagonal())
+            plans[False] += several._plans
+        assert {n: d.shape for n, d in diagonal.items()} == {n: p.shape for n, p in model.named_parameters()}
+    assert not any(plan is other for plan in plans[True] for other in plans[False])

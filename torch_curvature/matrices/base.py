@@ -48,7 +48,7 @@ class Batch:
         convolutions come without unfolded inputs.
         """
         assert self.backpropagation is not None
-        self.backpropagation.from_images = squares
+        self.backpropagation.from_images, self.backpropagation.once = squares, self.matrix.one_column
         for columns, sign in self._scaled_columns(few=True):
             derivatives = self.backpropagation.roots(columns) if squares and sign is None else None
             if derivatives is None:
@@ -104,7 +104,9 @@ class Matrix(abc.ABC):
 
     title: str
     uses_loss = True
-    one_column = False  # of each batch, so that an input is met once and need not be kept unfolded
+    one_column = (
+        False  # of each batch, so that :meth:`Batch.pieces` keeps neither unfolded inputs nor the graph for others
+    )
 
     def __init__(
         self,

@@ -22,7 +22,6 @@ def gather(matrix: Any, what: str) -> list[Kept]:
     """
     kept = []
     for batch in matrix._sweep(what):
-        batch.backpropagation.once = matrix.one_column
         chunks = [(dict(pieces), sign) for pieces, sign in batch.pieces()]
         if not chunks:
             continue

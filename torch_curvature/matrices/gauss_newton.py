@@ -122,7 +122,8 @@ class EmpiricalFisher(QuadraticMatrix):
     def gradient_norms(self, squared: bool = False) -> Tensor:
         """[N] norms ``|grad c_n|`` of the gradients of single samples over all parameters, in the order of the data.
 
-        Not divided by D: what clipping and sampling by importance ask for. No gradient is formed where that is cheaper,
+        Not divided by D, so that their squares are D times the diagonal of :meth:`gram`: what clipping and sampling by
+        importance ask for. No gradient is formed where that is cheaper,
         and the passes are made without the gradients of the weights; :func:`track` gives them for a step of one's own.
 
         Args:

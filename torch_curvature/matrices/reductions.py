@@ -40,10 +40,10 @@ def trace_of(matrix: Any) -> Tensor:
 
 
 def norms_of(matrix: Any, what: str) -> Tensor:
-    """[N] squared norms of one column for each sample, as the loss of the sample gives it: not divided by D."""
+    """[N] squared norms of a matrix's one column for each sample, from its own loss: not divided by D."""
     parts = []
     for batch in matrix._sweep(what):
-        batch.scale, batch.backpropagation.once = 1.0, True
+        batch.scale = 1.0
         norms = matrix.zeros(batch.captured.samples)
         for factors, _ in batch.pieces():
             found = total_squared_norms(factor for _, factor in factors)
