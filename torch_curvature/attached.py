@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, RandomState, observation
+from .capture import Capture, RandomState, every_module, observation
 from .recorder import Recorder, UnsupportedModelError
 
 
@@ -23,10 +23,10 @@ def attached_pass(
     """The pass that ``detached`` holds, from the random numbers it began with; generators and buffers are put back."""
     now, kept = RandomState(random.device), [(b, b._version, b.clone()) for b in model.buffers()]
     recorder = Recorder(parameters, write_out=False)
-    handles = recorder.module_hooks(model)
+    handles = recorder.module_hooks(every_module(model))
     random.restore()
     try:
-        with observation(model), recorder:
+        with observation(every_module(model)), recorder:
             outputs, _ = forward(model, detached.batch)
     finally:
         for handle in handles:

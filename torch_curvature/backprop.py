@@ -196,6 +196,26 @@ class Backpropagation(ClosedRules):
             return None
         return self._chained(columns.to(self.captured.outputs.dtype), True)
 
+    def squared_norms(self, columns: Tensor) -> Tensor | None:
+        """[V, N] squared norms of the columns' Jacobians over all parameters together, without any derivative written.
+
+        None where they must be had from the factors: there is no chain of dense layers with one position a sample.
+        """
+        plan, record = self.plan, self.captured.record
+        if not (plan.separate and plan.by_nodes) or record.hooked or True in plan.unchained:
+            return None
+        inputs: list[Tensor | None] = [None] * len(record.edges)
+        ones = [0] * len(record.edges)
+        for indices in plan.closed.values():
+            recorded = record.uses[indices[0]]
+            if recorded.use.activation is None:
+                ones[recorded.edge] += 1
+            else:
+                inputs[recorded.edge] = recorded.use.activation().detach().squeeze(1)
+        return chains.squared_norms(
+            self.captured.outputs, record.edges, columns.to(self.captured.outputs.dtype), inputs, ones
+        )
+
     def _chained(self, columns: Tensor, roots: bool = False) -> list[Tensor] | None:
         """Columns pulled back through a chain; what was none is not searched for one again."""
         several = len(columns) > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -36,12 +36,44 @@ class Capture:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module behind torch.compile, DataParallel and DistributedDataParallel wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
+        if "_orig_mod" in model._modules:
             model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             return model
+
+
+def every_module(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules by their names, as ``named_modules()`` gives them, without a generator inside a generator for each level:
+    that takes as long as a small layer."""
+    found: dict[nn.Module, str] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module not in found:
+            found[module] = name
+            for key, child in module._modules.items():
+                if child is not None:
+                    visit(child, f"{name}.{key}" if name else key)
+
+    visit(model, "")
+    return found
+
+
+def _named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """``model.named_parameters()``: asked for it where a class has its own."""
+    modules = every_module(model)
+    if any(type(m).named_parameters is not _OF_MODULES or type(m).named_modules is not _MODULES_OF for m in modules):
+        return model.named_parameters()
+    named: dict[int, tuple[str, nn.Parameter]] = {}
+    for module, place in modules.items():
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in named:
+                named[id(p)] = f"{place}.{key}" if place else key, p
+    return named.values()
+
+
+_OF_MODULES, _MODULES_OF = nn.Module.named_parameters, nn.Module.named_modules
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,7 +82,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: they are on several devices, or on the meta device.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in _named_parameters(model) if p.requires_grad}
     if len({p.device for p in parameters.values()}) > 1:
         places = {p.device: name for name, p in parameters.items()}
         listed = ", ".join(f"{name!r} on {device}" for device, name in places.items())
@@ -64,24 +96,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextlib.contextmanager
-def observation(model: nn.Module) -> Iterator[None]:
-    """Gradients on and compiled parts run as plain Python, whatever the caller's context; all restored on exit."""
+def observation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gradients on and compiled ones of these modules run as plain Python, whatever the caller's context; all restored
+    on exit."""
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with outside, torch.enable_grad(), force_eager(model):
+    with outside, torch.enable_grad(), force_eager(modules):
         yield
 
 
-def force_eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Run compiled modules inside the model as plain Python."""
-    for module in model.modules():
+def force_eager(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[Any]:
+    """Run compiled ones of these modules as plain Python."""
+    for module in modules:
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
     return contextlib.nullcontext()
-
-
-def _has_buffers(model: nn.Module) -> bool:
-    return any(module._buffers for module in model.modules())
 
 
 class RandomState:
@@ -122,11 +151,13 @@ def capture(
     device = next(iter(parameters.values())).device
     recorder = Recorder(parameters) if recorder is None else recorder
     random = RandomState(device)
-    buffers = [(name, b, b._version) for name, b in model.named_buffers()] if _has_buffers(model) else []
+    modules = every_module(model)
+    has_buffers = any(module._buffers for module in modules)
+    buffers = [(name, b, b._version) for name, b in model.named_buffers()] if has_buffers else []
     kept = [b.clone() for _, b, _ in buffers] if model.training else []
-    handles = recorder.module_hooks(model)
+    handles = recorder.module_hooks(modules)
     try:
-        with observation(model), recorder:
+        with observation(modules), recorder:
             outputs, targets = forward(model, batch)
     except RuntimeError as error:
         clearer = _explained(error, batch, device)

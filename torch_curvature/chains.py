@@ -7,9 +7,9 @@ graph (as ``nodes.py`` knows any graph of such nodes) and run by one helper of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .nodes import IN_PLACE, LEAF
 from .ops.routing import takes_helpers
 
 _dense_chain = torch.ops.torch_curvature.dense_chain.default._op
+_dense_chain_norms = torch.ops.torch_curvature.dense_chain_norms.default._op
+Result = TypeVar("Result")
 DENSE, SLOPE, POSITIVE, KEEP = range(4)  # kinds of steps as the helpers number them
 UNKNOWN = -1
 
@@ -34,7 +36,7 @@ def _most_weights() -> int:
 
 
 MOST_WEIGHTS = _most_weights()
-FEW_WEIGHTS = 1 << 17  # where one column passes by: torch's product of all samples at once is faster beyond
+FEW_WEIGHTS = 1 << 17  # where derivatives of one column are asked for: torch's products are faster beyond
 
 
 class Link(NamedTuple):
@@ -138,17 +140,45 @@ def pull_back(
     Returns:
         None where it must be done otherwise: no chain, large layers, another device, a transform of ``torch.func``.
     """
+
+    def run(chain: Chain) -> list[Tensor]:
+        by_edge = dict(zip(chain.edges, _dense_chain(columns, chain.operands, chain.kinds, roots)))
+        return [by_edge[index] for index in range(len(edges))]
+
+    return _along(outputs, edges, columns, MOST_WEIGHTS if len(columns) > 1 else FEW_WEIGHTS, run)
+
+
+def squared_norms(
+    outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor, inputs: Sequence[Tensor | None], ones: list[int]
+) -> Tensor | None:
+    """``sum_k |G_k[v, n]|^2 (|a_k[n]|^2 + b_k)`` [V, N] over the edges k, from columns [V, N, F]; no G is written.
+
+    Args:
+        inputs: a_k [N, I] of the layer that ends at each edge; None for zero.
+        ones: b_k, one for each bias there.
+
+    Returns:
+        None where :func:`pull_back` gives it for several columns.
+    """
+
+    def run(chain: Chain) -> Tensor:
+        nothing = columns.new_empty(columns.shape[1], 0)
+        given = [nothing if inputs[k] is None else inputs[k] for k in chain.edges]
+        found: Tensor = _dense_chain_norms(columns, chain.operands, chain.kinds, given, [ones[k] for k in chain.edges])
+        return found
+
+    return _along(outputs, edges, columns, MOST_WEIGHTS, run)
+
+
+def _along(
+    outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor, most: int, run: Callable[[Chain], Result]
+) -> Result | None:
+    """What ``run`` makes of the chain with weights of at most so many entries; None where there is none."""
     try:
         with torch.no_grad():
-            if not takes_helpers(columns):
-                return None
-            chain = chain_between(outputs, edges, MOST_WEIGHTS if len(columns) > 1 else FEW_WEIGHTS)
-            if chain is None:
-                return None
-            found = _dense_chain(columns, chain.operands, chain.kinds, roots)
+            chain = chain_between(outputs, edges, most) if takes_helpers(columns) else None
+            return None if chain is None else run(chain)
     except RuntimeError as error:  # what autograd saved cannot be had here (checkpointing), or dtypes differ
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None
-    by_edge = dict(zip(chain.edges, found))
-    return [by_edge[index] for index in range(len(edges))]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, observation
+from .capture import Capture, every_module, observation
 from .recorder import Recorder, UnsupportedModelError
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -75,7 +75,7 @@ def _vectorised(
         pulled: dict[str, Tensor] = torch.func.vmap(pullback, randomness="error")(cotangents)[0]
         return pulled
 
-    with observation(model), Recorder({}):
+    with observation(every_module(model)), Recorder({}):
         pulled = torch.func.vmap(one_sample, in_dims=(1, *[0] * len(samples)), out_dims=1, randomness="error")(
             columns, *samples
         )
@@ -89,7 +89,7 @@ def _one_by_one(
     V, N = columns.shape[:2]
     found = {name: columns.new_zeros(V, N, p.numel(), dtype=p.dtype) for name, p in wanted.items()}
     parameters = list(wanted.values())
-    with observation(model), Recorder({}):
+    with observation(every_module(model)), Recorder({}):
         for n in range(N):
             batch = pytree.tree_unflatten(
                 [leaf[n : n + 1] if split else leaf for leaf, split in zip(leaves, batched)], structure

@@ -233,12 +233,12 @@ class Recorder(TorchFunctionMode):
             self.record.uses[shared[1]] = replace(recorded, use=use, edge=edge, output_shape=output.shape)
             self.record.signature.append(("broadcast", shared[1], output.shape))
 
-    def module_hooks(self, model: nn.Module) -> list[Any]:
-        """Hooks for the modules whose class has a rule; the caller removes them."""
+    def module_hooks(self, modules: Iterable[nn.Module]) -> list[Any]:
+        """Hooks for those of the modules whose class has a rule; the caller removes them."""
         if not MODULE_RULES:
             return []
         handles = []
-        for module in model.modules():
+        for module in modules:
             rule = MODULE_RULES.get(type(module))
             if rule is None:
                 continue

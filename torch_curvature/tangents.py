@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from . import nodes
 from .backprop import Backpropagation
-from .capture import Capture, capture, observation
+from .capture import Capture, capture, every_module, observation
 from .chain_products import product_chain
 from .ops.routing import without_autocast
 from .plan import working_dtype
@@ -81,7 +81,7 @@ def push_forward(
         FORWARD_MODE.add(model)
     _load_forward_mode()
     try:
-        with observation(model), forward_ad.dual_level():
+        with observation(every_module(model)), forward_ad.dual_level():
             captured = capture(model, forward, batch, parameters, TangentRecorder(parameters, tangents))
             captured.outputs, tangent = forward_ad.unpack_dual(captured.outputs)
             tangent = torch.zeros_like(captured.outputs) if tangent is None else tangent.detach()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attached import attached_pass, batch_size, counts_samples, joined, leaves_of
 from .backprop import Backpropagation
-from .capture import Capture, RandomState, force_eager, trainable_parameters, unwrapped
+from .capture import Capture, RandomState, every_module, force_eager, trainable_parameters, unwrapped
 from .detaching import WithheldGradient
 from .factors import Factor, gradient_moments
 from .grams import inner_products, total_gram
@@ -80,8 +80,8 @@ class Track:
         self._recorder.on_record, self._recorder.on_attached = self._watch, self._withhold
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_hooks)
-            stack.enter_context(force_eager(self._given))
-            self._hooks += self._recorder.module_hooks(self._model)
+            stack.enter_context(force_eager(every_module(self._given)))
+            self._hooks += self._recorder.module_hooks(every_module(self._model))
             self._hooks.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._hooks.append(self._model.register_forward_hook(self._after, with_kwargs=True))
             stack.enter_context(self._recorder)

@@ -11,18 +11,6 @@ namespace torch_curvature::cpu {
 namespace {
 
 template <class T>
-CURVATURE_CLONES T sum_of_squares(const T* x, int64_t count) {
-  constexpr int64_t L = 64 / sizeof(T);
-  T lanes[L] = {}, sum = 0;
-  int64_t k = 0;
-  for (; k + L <= count; k += L)
-    for (int64_t l = 0; l < L; ++l) lanes[l] += x[k + l] * x[k + l];
-  for (; k < count; ++k) sum += x[k] * x[k];
-  for (int64_t l = 0; l < L; ++l) sum += lanes[l];
-  return sum;
-}
-
-template <class T>
 void norms(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const std::vector<int64_t>& bias, int64_t V,
            int64_t N, T* out) {
   const auto layers = dense_layers<T>("dense_norms", g, a, bias);

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import torch_curvature as tc
 from torch_curvature import reference
+from torch_curvature.capture import every_module, trainable_parameters
 from torch_curvature.recorder import UnsupportedModelError
 
-from .models import Function
+from .models import CASES, Function
 from .test_losses_and_splits import close
 from .test_state import LOSS, data, net
 
@@ -206,3 +207,36 @@ def test_properties() -> None:
             assert torch.allclose(matrix.gram().trace(), matrix.trace(), atol=slack)
             v = torch.randn(len(dense), dtype=dtype)
             assert torch.allclose(matrix @ v, dense @ v, atol=100 * slack)
+
+
+def test_modules_and_parameters_have_the_names_torch_gives_them() -> None:
+    shared = nn.Linear(3, 3)
+    nested = nn.ModuleDict(
+        {"first": shared, "again": shared, "inside": nn.Sequential(nn.ReLU(), nn.Sequential(shared))}
+    )
+    nested["tied"] = nn.Linear(3, 3)
+    nested["tied"].weight = shared.weight
+    nested.register_module("nothing", None)
+    for model in (nested, shared, nn.Sequential(nested, shared), *(case.build() for case in CASES.values())):
+        assert [(n, m) for m, n in every_module(model).items()] == list(model.named_modules())
+        names = [(n, id(p)) for n, p in model.named_parameters() if p.requires_grad]
+        assert [(n, id(p)) for n, p in trainable_parameters(model).items()] == names
+
+
+class _Renamed(nn.Linear):
+    """As wrappers do that hide their own part of a name."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((f"plain.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
+
+
+class _Inside(nn.Sequential):
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield name.replace("1.", "hidden."), module
+
+
+def test_a_class_with_names_of_its_own_is_asked() -> None:
+    assert list(trainable_parameters(_Renamed(2, 3))) == ["plain.weight", "plain.bias"]
+    inside = nn.Sequential(nn.Linear(2, 3), _Inside(nn.Linear(3, 2)))
+    assert list(trainable_parameters(inside)) == [name for name, _ in inside.named_parameters()]

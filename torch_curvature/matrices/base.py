@@ -14,6 +14,7 @@ from .. import losses
 from ..backprop import Backpropagation
 from ..capture import Capture, capture, trainable_parameters, unwrapped
 from ..factors import Factor
+from ..norms import total_squared_norms
 from ..plan import coverage, working_dtype
 from ..recorder import Recorder
 from ..tangents import push_forward
@@ -50,11 +51,28 @@ class Batch:
         assert self.backpropagation is not None
         self.backpropagation.from_images, self.backpropagation.once = squares, self.matrix.one_column
         for columns, sign in self._scaled_columns(few=True):
-            derivatives = self.backpropagation.roots(columns) if squares and sign is None else None
-            if derivatives is None:
-                derivatives = self.backpropagation.to_edges(columns) if self.backpropagation.plan.closed else []
-            yield ((n, self._cast(f)) for n, f in self.backpropagation.each(derivatives, columns, True)), sign
-            del derivatives  # before the next ones are made, for which there is room then
+            yield self._each(columns, self.backpropagation.roots(columns) if squares and sign is None else None), sign
+
+    def squared_norms(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """[V, N] squared norms over all parameters together of a few columns at a time, and their signs.
+
+        None for the norms where no parameter takes part.
+        """
+        assert self.backpropagation is not None
+        self.backpropagation.from_images, self.backpropagation.once = True, self.matrix.one_column
+        for columns, sign in self._scaled_columns(few=True):
+            norms = self.backpropagation.squared_norms(columns)
+            if norms is None:
+                norms = total_squared_norms(f for _, f in self._each(columns))
+            yield None if norms is None else norms.to(self.matrix.dtype), sign
+
+    def _each(self, columns: Tensor, derivatives: Any = None) -> Iterator[tuple[str, Factor]]:
+        """The factors of some columns, from their derivatives at the edges where these are known."""
+        backpropagation = self.backpropagation
+        assert backpropagation is not None
+        if derivatives is None:
+            derivatives = backpropagation.to_edges(columns) if backpropagation.plan.closed else []
+        return ((n, self._cast(f)) for n, f in backpropagation.each(derivatives, columns, True))
 
     def chunks(self, few: bool = False) -> Iterator[tuple[dict[str, Factor], Tensor | None]]:
         """Pairs (factors by parameter name, sign [V, N] or None).
@@ -74,9 +92,11 @@ class Batch:
 
     def _scaled_columns(self, few: bool) -> Columns:
         assert self.backpropagation is not None
-        limit = max(1, self.matrix.budget.working_bytes() // (4 * self.backpropagation.column_bytes()))
-        if few:
-            limit = min(limit, self._columns_in_place() or limit)
+        limit = 1
+        if not self.matrix.one_column:
+            limit = max(1, self.matrix.budget.working_bytes() // (4 * self.backpropagation.column_bytes()))
+            if few:
+                limit = min(limit, self._columns_in_place() or limit)
         for columns, sign in self.matrix._columns(self, limit):
             yield columns if self.scale == 1.0 else columns * self.scale, sign
 
@@ -104,9 +124,7 @@ class Matrix(abc.ABC):
 
     title: str
     uses_loss = True
-    one_column = (
-        False  # of each batch, so that :meth:`Batch.pieces` keeps neither unfolded inputs nor the graph for others
-    )
+    one_column = False  # of each batch: neither unfolded inputs nor the graph need be kept for others
 
     def __init__(
         self,

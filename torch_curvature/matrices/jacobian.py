@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import total_squared_norms
 from ..tangents import pull_back, push_forward
 from .base import Batch, Columns, Matrix
 from .dual import between, gather
@@ -107,8 +106,7 @@ class Jacobian(Matrix):
         """The Frobenius norm over all the data, 0-dim."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self._sweep("frobenius_norm"):
-            for factors, _ in batch.pieces():
-                norms = total_squared_norms(factor for _, factor in factors)
+            for norms, _ in batch.squared_norms():
                 if norms is not None:
                     total = total + norms.sum(dtype=torch.float64)
         return total.sqrt().to(self.dtype)

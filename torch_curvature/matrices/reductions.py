@@ -10,7 +10,6 @@ from torch import Tensor
 from ..diagonals import all_diagonals
 from ..factors import FEW, Factor, jacobian_chunks, mirrored_gram
 from ..joining import with_ones
-from ..norms import total_squared_norms
 from .blocks import normalised
 
 
@@ -32,8 +31,7 @@ def trace_of(matrix: Any) -> Tensor:
     """The sum of the columns' squared norms."""
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for batch in matrix._sweep("trace"):
-        for factors, sign in batch.pieces(squares=True):
-            norms = total_squared_norms(factor for _, factor in factors)
+        for norms, sign in batch.squared_norms():
             if norms is not None:
                 total = total + (norms if sign is None else norms * sign).sum(dtype=torch.float64)
     return (total / matrix._denominator).to(matrix.dtype)
@@ -44,12 +42,11 @@ def norms_of(matrix: Any, what: str) -> Tensor:
     parts = []
     for batch in matrix._sweep(what):
         batch.scale = 1.0
-        norms = matrix.zeros(batch.captured.samples)
-        for factors, _ in batch.pieces():
-            found = total_squared_norms(factor for _, factor in factors)
+        norms = None
+        for found, _ in batch.squared_norms():
             if found is not None:
                 norms = found[0]
-        parts.append(norms)
+        parts.append(matrix.zeros(batch.captured.samples) if norms is None else norms)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import observation
+from ..capture import every_module, observation
 from ..layers.twice import TWICE_DIFFERENTIABLE
 from ..plan import TOLERANCE, Plan
 from ..recorder import Recorder, UnsupportedModelError
@@ -110,7 +110,7 @@ def _calls(batch: Any) -> list[tuple[str, nn.Module, tuple[Any, ...], Any]]:
     matrix = batch.matrix
     calls: list[tuple[str, nn.Module, tuple[Any, ...], Any]] = []
     handles = []
-    for name, module in matrix.model.named_modules():
+    for module, name in every_module(matrix.model).items():
         if next(module.children(), None) is None:
 
             def note(module: nn.Module, inputs: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -118,7 +118,7 @@ def _calls(batch: Any) -> list[tuple[str, nn.Module, tuple[Any, ...], Any]]:
 
             handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
-        with observation(matrix.model), _replacing():
+        with observation(every_module(matrix.model)), _replacing():
             matrix.forward(matrix.model, batch.captured.batch)
     finally:
         for handle in handles:
