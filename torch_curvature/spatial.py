@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .node_kinds import input_shape, output_shape, signed, total
 from .ops.pages import in_large_pages
 from .ops.routing import takes_helpers
 
 aten = torch.ops.aten
 _keep_positive = torch.ops.torch_curvature.keep_positive_.default._op
-
-
-def output_shape(node: Any) -> torch.Size:
-    return torch.Size(node._input_metadata[0].shape)
 
 
 def prefers_channels_last(x: Tensor) -> bool:
@@ -126,7 +123,7 @@ def _gradients(node: Any, G: Tensor, input: Tensor, wanted: list[bool]) -> tuple
 
 def convolution_back(node: Any, G: Tensor, input: int) -> Tensor | None:
     if input == 0:
-        before = _unfilled(G, output_shape(node.next_functions[0][0]))
+        before = _unfilled(G, input_shape(node, 0))
         found = _gradients(node, _joined(G), before, [True, False, False])[0]
         return None if found is None else _parted(found, G)
     if input == 1:
@@ -168,7 +165,7 @@ def _pool(node: Any) -> tuple[Any, ...]:
 
 
 def average_back(node: Any, G: Tensor, input: int) -> Tensor:
-    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    before = _unfilled(G, input_shape(node, 0))
     return _parted(aten.avg_pool2d_backward(_joined(G), before, *_pool(node)), G)
 
 
@@ -178,7 +175,7 @@ def average_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
 
 
 def adaptive_average_back(node: Any, G: Tensor, input: int) -> Tensor:
-    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    before = _unfilled(G, input_shape(node, 0))
     return _parted(aten._adaptive_avg_pool2d_backward(_joined(G), before), G)
 
 
@@ -190,7 +187,7 @@ def adaptive_average_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor |
 
 
 def largest_back(node: Any, G: Tensor, input: int) -> Tensor:
-    before = _unfilled(G, output_shape(node.next_functions[0][0]))
+    before = _unfilled(G, input_shape(node, 0))
     images = before.dim() == 4 and prefers_channels_last(G)
     places = kept_channels_last(node, "_saved_result1") if images else node._saved_result1
     if G.shape[0] > 1:
@@ -210,25 +207,20 @@ def largest_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
 # ---------------------------------------------------------------------- the rest
 
 
-def _signed(numbers: Sequence[int]) -> list[int]:
-    """What torch holds as unsigned numbers."""
-    return [number - 2**64 if number >= 2**63 else number for number in numbers]
-
-
 def padding_back(node: Any, G: Tensor, input: int) -> Tensor:
-    return _parted(F.pad(_joined(G), [-amount for amount in _signed(node._saved_pad)]), G)
+    return _parted(F.pad(_joined(G), [-amount for amount in map(signed, node._saved_pad)]), G)
 
 
 def padding_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | None:
-    return None if tangents[0] is None else F.pad(tangents[0], _signed(node._saved_pad))
+    return None if tangents[0] is None else F.pad(tangents[0], [*map(signed, node._saved_pad)])
 
 
 def _averaged(node: Any, axes: int) -> list[int]:
-    return sorted(axis % axes for axis in _signed(node._saved_dim))
+    return sorted(axis % axes for axis in map(signed, node._saved_dim))
 
 
 def mean_back(node: Any, G: Tensor, input: int) -> Tensor:
-    shape = output_shape(node.next_functions[0][0])
+    shape = input_shape(node, 0)
     axes = _averaged(node, len(shape))
     for axis in () if node._saved_keepdim else axes:
         G = G.unsqueeze(1 + axis)
@@ -279,4 +271,4 @@ def normalisation_ahead(node: Any, tangents: list[Tensor | None]) -> Tensor | No
         terms.append(normalised * _per_channel(dw, axes))
     if db is not None:
         terms.append(_per_channel(db, axes).expand(output_shape(node)))
-    return sum(terms[1:], start=terms[0]) if terms else None
+    return total(terms)

@@ -41,13 +41,19 @@ GRAPHS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "SinBackward0": lambda x, u, b: torch.sin(x @ u),
     "CosBackward0": lambda x, u, b: torch.cos(x @ u),
     "ExpBackward0": lambda x, u, b: torch.exp(x @ u),
+    "PowBackward0": lambda x, u, b: (x @ u) ** 3,
+    "SqrtBackward0": lambda x, u, b: (torch.exp(x @ u) ** 1.5).sqrt(),
+    "RsqrtBackward0": lambda x, u, b: torch.exp(x @ u).rsqrt(),
+    "AbsBackward0": lambda x, u, b: (x @ u).abs(),
+    "LogBackward0": lambda x, u, b: torch.exp(x @ u).tanh().log(),
+    "ErfBackward0": lambda x, u, b: (x @ u).erf(),
     "ViewBackward0": lambda x, u, b: F.linear(x, u, b).view(N, 12),
     "UnsafeViewBackward0": lambda x, u, b: F.linear(x, u),
     "TBackward0": lambda x, u, b: F.linear(F.linear(x, u, b), u.t(), b),
 }
 
 
-def graph(name: str) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
+def graph(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
     """Outputs, something in the middle, and the parameters."""
     parameters = {
         "w": nn.Parameter(torch.randn(4, 4)),
@@ -56,7 +62,7 @@ def graph(name: str) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
     }
     x = torch.randn(12, 4)
     z = F.linear(x, parameters["w"], parameters["b"])
-    return GRAPHS[name](z.view(N, 3, 4), parameters["u"], parameters["b"]), z, parameters
+    return of(z.view(N, 3, 4), parameters["u"], parameters["b"]), z, parameters
 
 
 def names_of(outputs: Tensor) -> set[str]:
@@ -67,7 +73,11 @@ def names_of(outputs: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_known_node(name: str) -> None:
-    outputs, z, parameters = graph(name)
+    compare(name, *graph(GRAPHS[name]))
+
+
+def compare(name: str, outputs: Tensor, z: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+    """Derivatives backwards and forwards through a graph that has a node of this name, with autograd's."""
     assert name in names_of(outputs)
     columns = torch.randn(5, *outputs.shape)
     edges = [get_gradient_edge(z), get_gradient_edge(outputs)]
@@ -112,15 +122,14 @@ def test_what_arrives_in_several_places_is_not_overwritten() -> None:
 
 
 def test_every_known_kind_has_a_graph() -> None:
-    covered = set().union(*(names_of(graph(name)[0]) for name in GRAPHS))
-    elsewhere = nodes.SPATIAL.keys()  # in test_spatial
+    covered = set().union(*(names_of(graph(of)[0]) for of in GRAPHS.values()))
+    elsewhere = nodes.SPATIAL.keys() | nodes.FOR_SEVERAL  # in test_spatial and test_sequence_nodes
     assert nodes.KINDS.keys() - covered - elsewhere == {"ReshapeAliasBackward0"}  # of older torch: no view could be had
 
 
 UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "softmax": lambda z, b: z.softmax(1),
-    "a parameter that is broadcast": lambda z, b: z[:, :1] + b,
-    "two outputs": lambda z, b: z.chunk(2, 1)[1],
+    "cumulative sums": lambda z, b: z.cumsum(1),
+    "unknown in the middle": lambda z, b: (z + z.roll(1, 0)).tanh(),
     "another dtype": lambda z, b: (z + b.float().double()).float() + z,
 }
 
@@ -134,11 +143,23 @@ def test_what_is_left_to_autograd(name: str) -> None:
     assert nodes.push_forward(outputs, {"b": b}, {"b": torch.ones_like(b)}) is None
 
 
-def test_broadcast_terms_have_no_columns_of_their_own() -> None:
-    """The gradient of a term that was broadcast is a sum, which is not written here."""
+def test_broadcast_terms_have_sums() -> None:
     z = F.linear(torch.randn(1, 4), torch.randn(4, 4, requires_grad=True))
     outputs = z + F.linear(torch.randn(N, 4), torch.randn(4, 4, requires_grad=True))
-    assert nodes.pull_back(outputs, [get_gradient_edge(z)], torch.randn(3, N, 4)) is None
+    columns = torch.randn(3, N, 4)
+    found = nodes.pull_back(outputs, [get_gradient_edge(z)], columns)
+    assert found is not None
+    close(found[0], columns.sum(1, keepdim=True))
+
+
+def test_what_leads_to_no_edge_need_not_be_known() -> None:
+    z = F.linear(torch.randn(N, 4), torch.randn(4, 4, requires_grad=True))
+    other = torch.randn(N, 4, requires_grad=True).cumsum(1)
+    columns = torch.randn(3, N, 4)
+    found = nodes.pull_back(z.tanh() + other, [get_gradient_edge(z)], columns)
+    assert found is not None
+    close(found[0], columns * (1 - z.detach().tanh().square()))
+    assert nodes.known_graph(z.tanh() + other) is None
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -99,7 +99,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "broadcast": lambda: sequential(lambda x: x + torch.tanh(x[:, :1]), torch.tanh),
     "transposed": lambda: sequential(lambda x: torch.tanh(x.T).T, torch.tanh),
     "weights from activations": lambda: Function(
-        lambda m, x: m.e(x @ torch.tanh(m.a.weight).T + torch.tanh(m.a(x))), a=nn.Linear(4, 5), e=nn.Linear(5, 3)
+        lambda m, x: m.e(x @ m.a.weight.cumsum(0).T + torch.tanh(m.a(x))), a=nn.Linear(4, 5), e=nn.Linear(5, 3)
     ),
 }
 
