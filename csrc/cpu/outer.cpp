@@ -5,6 +5,8 @@
 #include "kernel.h"
 #include "streaming.h"
 
+#include <bit>
+
 namespace torch_curvature::cpu {
 namespace {
 
@@ -34,6 +36,41 @@ CURVATURE_CLONES void outer_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, 
   for (int64_t row = first; row < last; ++row, out += n) {
     scaled_row(u.data[b * u.batch + i * u.stride], v.data + b * v.batch, v.stride, out, n);
     if (++i == m) i = 0, ++b;
+  }
+}
+
+// bfloat16 of many numbers at once: a row of v is widened once for all that it is multiplied with. Where it and the
+// other factor are finite no product is NaN, and rounding to the nearest even is a sum of integers.
+constexpr int64_t kWidened = 1024;
+
+CURVATURE_CLONES bool widen(const c10::BFloat16* v, int64_t stride, int64_t n, float* __restrict__ to) {
+  uint32_t largest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = v[j * stride].x;
+    to[j] = std::bit_cast<float>(bits << 16);
+    largest = std::max(largest, bits & 0x7fff);
+  }
+  return largest < 0x7f80;
+}
+
+CURVATURE_CLONES void finite_row(float x, const float* __restrict__ v, c10::BFloat16* __restrict__ out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x * v[j]);
+    out[j].x = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+void outer_widened_rows(Operand<c10::BFloat16> u, Operand<c10::BFloat16> v, c10::BFloat16* out, int64_t m, int64_t n,
+                        int64_t first, int64_t last) {
+  float row[kWidened];
+  for (int64_t done = first; done < last;) {
+    const int64_t b = done / m, end = std::min(last, (b + 1) * m);
+    const bool finite = widen(v.data + b * v.batch, v.stride, n, row);
+    for (; done < end; ++done, out += n) {
+      const c10::BFloat16 x = u.data[b * u.batch + (done - b * m) * u.stride];
+      if (finite && (x.x & 0x7fff) < 0x7f80) finite_row(static_cast<float>(x), row, out, n);
+      else scaled_row(x, v.data + b * v.batch, v.stride, out, n);
+    }
   }
 }
 
@@ -67,7 +104,10 @@ void outer_any_rows(Operand<T> u, Operand<T> v, T* out, int64_t m, int64_t n, in
     case 7: return outer_short_rows<T, 7>(u, v, out, m, first, last);
     case 8: return outer_short_rows<T, 8>(u, v, out, m, first, last);
     case 16: return outer_short_rows<T, 16>(u, v, out, m, first, last);
-    default: return outer_rows<T>(u, v, out, m, n, first, last);
+    default:
+      if constexpr (std::is_same_v<T, c10::BFloat16>)
+        if (n <= kWidened) return outer_widened_rows(u, v, out, m, n, first, last);
+      return outer_rows<T>(u, v, out, m, n, first, last);
   }
 }
 

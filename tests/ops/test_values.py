@@ -176,3 +176,22 @@ def test_results_written_into_and_added_to(shapes: tuple) -> None:
             call(g, a, out=torch.empty(3))
         with pytest.raises(RuntimeError, match="cannot be combined with differentiation"):
             call(g.clone().requires_grad_(), a, out=torch.empty(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 8, 15, 33, 128, 1024, 1025])
+def test_outer_rounds_to_the_bit(n: int, dtype: torch.dtype) -> None:
+    """Products in float32, rounded to the nearest even: of huge, tiny and subnormal numbers, infinities and NaN."""
+    for attempt in range(8):
+        u, v = torch.randn(3, 7), torch.randn(3, n)
+        u *= 10.0 ** torch.randint(-30, 30, u.shape)
+        v *= 10.0 ** torch.randint(-20, 20, v.shape)
+        for x, share in ((u, 0.1), (v, 0.02)):
+            for value in [float("nan"), float("inf"), -float("inf"), 0.0][: attempt % 5]:
+                x[torch.rand(x.shape) < share] = value
+        u, v = u.to(dtype), v.to(dtype)
+        got = tc.ops.outer(u, torch.stack([v, v], -1)[..., 0] if attempt % 2 else v)
+        want = (u.float().unsqueeze(-1) * v.float().unsqueeze(-2)).to(dtype)
+        assert torch.equal(got.isnan(), want.isnan())
+        bits = [torch.where(t.isnan(), 0, t).view(torch.int16) for t in (got, want)]
+        assert torch.equal(*bits)
