@@ -87,12 +87,12 @@ def _joined_back(node: Any, G: Tensor, input: int) -> Tensor:
     shapes = [() if before is None else input_shape(node, k) for k, (before, _) in enumerate(node.next_functions)]
     sizes = [shape[axis] if axis < len(shape) else 0 for shape in shapes]
     if 0 in sizes[:input]:  # of what has no gradient the size is not known
-        sizes = _sizes_around(sizes, input, G.shape[1 + axis])
+        sizes = _completed(sizes, G.shape[1 + axis])
     return G.narrow(1 + axis, sum(sizes[:input]), sizes[input])
 
 
-def _sizes_around(sizes: list[int], input: int, whole: int) -> list[int]:
-    """Sizes of all parts, where at most one of those before is not known."""
+def _completed(sizes: list[int], whole: int) -> list[int]:
+    """Sizes of all parts, where one of them is not known (0)."""
     if sizes.count(0) > 1:
         raise RuntimeError("left to autograd: parts of unknown sizes")
     return [whole - sum(sizes) if size == 0 else size for size in sizes]
@@ -210,6 +210,7 @@ SEVERAL_OUTPUTS: dict[str, Kind] = {
 REARRANGING: dict[str, Kind] = {
     **{f"{name}Backward0": RESHAPED for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")},
     "SqueezeBackward1": RESHAPED,
+    "SqueezeBackward2": RESHAPED,
     "TBackward0": alike(lambda node, x: x.mT),
     "TransposeBackward0": SWAPPED,
     "PermuteBackward0": PERMUTED,

@@ -55,6 +55,7 @@ GRAPHS: dict[str, list[Graph]] = {
     "UnsqueezeBackward0": [lambda x, u, b: x.unsqueeze(-1).tanh(), lambda x, u, b: x.unsqueeze(1)],
     "SqueezeBackward0": [lambda x, u, b: x[:, :1].squeeze().tanh()],
     "SqueezeBackward1": [lambda x, u, b: x[:, :, 1:2].squeeze(-1).tanh(), lambda x, u, b: x.squeeze(0).tanh()],
+    "SqueezeBackward2": [lambda x, u, b: x[:, :1, 2:3].squeeze((1, 2)).tanh()],
     "SelectBackward0": [
         lambda x, u, b: x[:, -1].tanh(),
         lambda x, u, b: x[:, 0] + x[:, 0].tanh() * x[:, 2],
