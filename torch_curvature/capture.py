@@ -95,12 +95,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-@contextlib.contextmanager
-def observation(modules: Iterable[nn.Module]) -> Iterator[None]:
+def observation(modules: Iterable[nn.Module]) -> contextlib.AbstractContextManager[Any]:
     """Gradients on and compiled ones of these modules run as plain Python, whatever the caller's context; all restored
     on exit."""
-    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with outside, torch.enable_grad(), force_eager(modules):
+    eager, inference = force_eager(modules), torch.is_inference_mode_enabled()
+    if torch.is_grad_enabled() and not inference:
+        return eager
+    return _with_gradients(eager, torch.inference_mode(False) if inference else contextlib.nullcontext())
+
+
+@contextlib.contextmanager
+def _with_gradients(
+    eager: contextlib.AbstractContextManager[Any], outside: contextlib.AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outside, torch.enable_grad(), eager:
         yield
 
 

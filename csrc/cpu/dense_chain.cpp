@@ -15,9 +15,10 @@
 //
 // Samples are taken kCols at a time, next to one another in panels [F][kCols] that stay in the first caches: the tiles
 // of a product are the next panel as they stand, and slopes, squares and sums run along vectors. Weights are packed
-// once, in bands as tall as registers hold. 2 V N F F' flops a layer; bytes of columns, operands, inputs and results
-// once.
+// once, in bands as tall as registers hold, and what the next samples read is asked for meanwhile. 2 V N F F' flops a
+// layer; bytes of columns, operands, inputs and results once.
 #include "dense_chain.h"
+#include "ahead.h"
 #include "dense_layers.h"
 #include "panel_product.h"
 #include "work.h"
@@ -90,7 +91,7 @@ struct Chain {
     Step<T> s{kind, x.size(1), static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1)};
     if (kind == kDense) {
       const int64_t bands = divide_up(s.width, kTall);
-      s.each = divide_up(s.width, std::max<int64_t>(1, bands));
+      s.each = std::max<int64_t>(1, divide_up(s.width, std::max<int64_t>(1, bands)));
       s.at = packed, packed += (bands * s.each + 1) * before + kTall;  // what is packed may end a little later
       work += static_cast<double>(before) * s.width;
     } else {
@@ -110,7 +111,7 @@ struct Chain {
   void pack() {
     constexpr int64_t kBands = 8;  // of one task
     TaskRange range;
-    for (const Step<T>& s : steps) range.add(s.kind == kDense && s.each ? divide_up(s.width, s.each * kBands) : 0);
+    for (const Step<T>& s : steps) range.add(s.kind == kDense ? divide_up(s.width, s.each * kBands) : 0);
     share_tasks(range.count(), packed > 4 * kWorthThreads, [&](int64_t task) {
       const size_t k = range.piece(task);
       const Step<T>& s = steps[k];
@@ -124,24 +125,53 @@ struct Chain {
     Buffer<T> room(packed);
     weights = room;
     pack();
-    share_tasks(divide_up(N, W), work * V * N > kWorthThreads,
-                [&](int64_t task) { block(task * W, std::min(W, N - task * W)); });
+    share_tasks_ahead(divide_up(N, W), work * V * N > kWorthThreads, [&](const auto& each) {
+      Scratch scratch(*this);
+      each([&](int64_t task, int64_t following) {
+        ask(scratch.ahead, following * W);
+        block(task * W, std::min(W, N - task * W), scratch);
+      });
+    });
   }
 
-  void block(int64_t n0, int64_t count) const {
-    Buffer<T> first(widest * W), second(widest * W), slope(slopes * W), sums(kept * W);
+  // What a thread keeps from block to block.
+  struct Scratch {
+    Buffer<T> first, second, slope, sums;
+    Ahead ahead;
+    explicit Scratch(const Chain& c)
+        : first(c.widest * W), second(c.widest * W), slope(c.slopes * W), sums(c.kept * W) {}
+  };
+
+  // What the block that begins with this sample reads, to be asked for while another one is multiplied.
+  void ask(Ahead& ahead, int64_t n0) const {
+    ahead.clear();
+    const int64_t count = std::min(W, N - n0);
+    if (count <= 0) return;
+    int64_t calls = 0;
+    for (const Step<T>& s : steps) {
+      if (s.kind == kDense) calls += divide_up(s.width, s.each);
+      else if (s.kind != kKeep && s.entry == 1 && s.row == s.width) ahead.add(s.operand + n0 * s.row, count * s.row);
+      else if (s.kind == kKeep && s.input_row == s.inputs) ahead.add(s.input + n0 * s.inputs, count * s.inputs);
+    }
+    ahead.spread(calls * V);
+  }
+
+  void block(int64_t n0, int64_t count, Scratch& scratch) const {
+    T *const slope = scratch.slope, *const sums = scratch.sums;
     const auto product = tall_product<T>();
     prepare(n0, count, slope, sums);
     for (int64_t v = 0; v < V; ++v) {
-      T *G = first, *next = second;
+      T *G = scratch.first, *next = scratch.second;
       T totals[W] = {};
       int64_t depth = width;
       pack_panel<T, T>(columns + v * cv + n0 * cn, depth, cf, cn, count, G);
       for (const Step<T>& s : steps) {
         if (s.kind == kDense) {
-          for (int64_t i = 0; i < s.width; i += s.each)
+          for (int64_t i = 0; i < s.width; i += s.each) {
             product(weights + s.at + i * depth, s.each, G, W, depth, next + i * W, std::min(s.each, s.width - i), W,
                     false);
+            scratch.ahead.fetch();
+          }
           std::swap(G, next);
           depth = s.width;
         } else if (s.kind == kSlope) {

@@ -63,7 +63,8 @@ class SoftmaxLoss(BoundLoss):
         return self._sum_of(self.layout.read(self.outputs.to(working_dtype(self.outputs))))
 
     def gradient(self) -> Tensor:
-        return self.layout.write(self._subtract_target(self._mass.unsqueeze(-1) * self._p))
+        scaled = self._p.clone() if self._unweighted else self._mass.unsqueeze(-1) * self._p
+        return self.layout.write(self._subtract_target(scaled))
 
     @property
     def num_columns(self) -> int:
