@@ -40,7 +40,7 @@ def signed(number: int) -> int:
 
 def axis_of(node: Any, axes: int, name: str = "_saved_dim") -> int:
     """An axis that a node saved, counted from the front."""
-    return signed(getattr(node, name)) % axes
+    return signed(getattr(node, name)) % max(1, axes)
 
 
 def shared(G: Tensor, shape: Sequence[int]) -> Tensor:

@@ -147,7 +147,7 @@ def _or_else_none(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with torch.no_grad():
                 return function(*args)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
@@ -155,8 +155,9 @@ def _or_else_none(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def graph_behind(outputs: Tensor) -> list[Any]:
-    """All nodes behind ``outputs``, each after those it was computed from; none where it has no graph."""
+def graph_behind(outputs: Tensor, refused: Callable[[str], bool] = lambda name: False) -> list[Any]:
+    """All nodes behind ``outputs``, each after those it was computed from; none where there is no graph, or a node of a
+    name that is refused."""
     if outputs.grad_fn is None or outputs.output_nr != 0:
         return []
     found: list[Any] = []
@@ -167,6 +168,8 @@ def graph_behind(outputs: Tensor) -> list[Any]:
         if finished:
             found.append(node)
         elif node not in seen:
+            if refused(node.name()):
+                return []
             seen.add(node)
             stack.append((node, True))
             stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in seen)
@@ -175,8 +178,7 @@ def graph_behind(outputs: Tensor) -> list[Any]:
 
 def known_graph(outputs: Tensor) -> list[Any] | None:
     """As :func:`graph_behind`; None where one of the nodes is not known, or there is none."""
-    nodes = graph_behind(outputs)
-    return nodes if nodes and all(node.name() in KINDS or node.name() == LEAF for node in nodes) else None
+    return graph_behind(outputs, lambda name: name not in KINDS and name != LEAF) or None
 
 
 @_or_else_none
@@ -186,16 +188,16 @@ def pull_back(outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor) -
     Returns:
         None where autograd must do it.
     """
-    nodes = graph_behind(outputs)
-    if not nodes or any(edge.output_nr != 0 for edge in edges):
-        return None
     targets = {edge.node for edge in edges}
     entries = sum(output_shape(node).numel() for node in targets)
     small = len(columns) == 1 or len(columns) * entries < FEW_ENTRIES * len(targets)
+    nodes = graph_behind(outputs, FOR_SEVERAL.__contains__) if small else graph_behind(outputs)
+    if not nodes or any(edge.output_nr != 0 for edge in edges):
+        return None
     ways: dict[Any, list[int]] = {}  # inputs of nodes that lead to an edge; only these need be known
     for node in nodes:
         inputs = [i for i, (child, _) in enumerate(node.next_functions) if child in ways]
-        if inputs and (node.name() not in KINDS or (small and node.name() in FOR_SEVERAL)):
+        if inputs and node.name() not in KINDS:
             return None
         if inputs or node in targets:
             ways[node] = inputs
