@@ -23,10 +23,11 @@ def attached_pass(
     """The pass that ``detached`` holds, from the random numbers it began with; generators and buffers are put back."""
     now, kept = RandomState(random.device), [(b, b._version, b.clone()) for b in model.buffers()]
     recorder = Recorder(parameters, write_out=False)
-    handles = recorder.module_hooks(every_module(model))
+    modules = every_module(model)
+    handles = recorder.module_hooks(modules)
     random.restore()
     try:
-        with observation(every_module(model)), recorder:
+        with observation(modules), recorder:
             outputs, _ = forward(model, detached.batch)
     finally:
         for handle in handles:

@@ -24,13 +24,13 @@ _layer_norm_back = torch.ops.torch_curvature.layer_norm_back_.default._op
 
 # Entries of one column up to which the columns are put next to one another in each matrix, so that there is one call:
 # beyond, the copy that this takes is worth more than the calls.
-FEW_ENTRIES = 1 << 16
+SIDE_BY_SIDE = 1 << 16
 
 
 def _times(G: Tensor, right: Tensor) -> Tensor:
     """``G[v] right`` for matrices [B, n, m], without a copy of them for every column."""
     V, B, n, _ = G.shape
-    if V > 1 and G[0].numel() <= FEW_ENTRIES:
+    if V > 1 and G[0].numel() <= SIDE_BY_SIDE:
         return torch.bmm(G.transpose(0, 1).reshape(B, V * n, -1), right).view(B, V, n, -1).transpose(0, 1)
     found = G.new_empty(V, B, n, right.shape[2])
     for g, out in zip(G, found):
@@ -41,7 +41,7 @@ def _times(G: Tensor, right: Tensor) -> Tensor:
 def _before(left: Tensor, G: Tensor) -> Tensor:
     """``left G[v]``."""
     V, B, n, p = G.shape
-    if V > 1 and G[0].numel() <= FEW_ENTRIES:
+    if V > 1 and G[0].numel() <= SIDE_BY_SIDE:
         return torch.bmm(left, G.permute(1, 2, 0, 3).reshape(B, n, V * p)).view(B, -1, V, p).permute(2, 0, 1, 3)
     found = G.new_empty(V, B, left.shape[1], p)
     for g, out in zip(G, found):

@@ -201,8 +201,10 @@ struct Chain {
       if (s.kind == kSlope || s.kind == kPositive)
         pack_panel<T, T>(s.operand + n0 * s.row, s.width, s.entry, s.row, count, slope + s.at * W);
       if (s.kind == kKeep && keep == Keep::kNorms)
-        for (int64_t c = 0; c < count; ++c)
-          sums[s.at * W + c] = s.bias + sum_of_squares<T>(s.input + (n0 + c) * s.input_row, s.inputs);
+        for (int64_t c = 0; c < count; ++c) {
+          const T* a = s.input + (n0 + c) * s.input_row;
+          sums[s.at * W + c] = s.bias + cpu::product<T>(a, a, s.inputs);
+        }
     }
   }
 };

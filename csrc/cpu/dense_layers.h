@@ -1,22 +1,11 @@
 // What the helpers for dense layers with one position a sample take: g_l [V, N, O_l], a_l [N, I_l] and a number each.
 #pragma once
 #include "kernel.h"
+#include "rows.h"
 
 #include <vector>
 
 namespace torch_curvature::cpu {
-
-template <class T>
-CURVATURE_CLONES T sum_of_squares(const T* x, int64_t count) {
-  constexpr int64_t L = 64 / sizeof(T);
-  T lanes[L] = {}, sum = 0;
-  int64_t k = 0;
-  for (; k + L <= count; k += L)
-    for (int64_t l = 0; l < L; ++l) lanes[l] += x[k + l] * x[k + l];
-  for (; k < count; ++k) sum += x[k] * x[k];
-  for (int64_t l = 0; l < L; ++l) sum += lanes[l];
-  return sum;
-}
 
 inline void check_dense_layers(const char* op, const std::vector<Tensor>& g, const std::vector<Tensor>& a,
                                const std::vector<int64_t>& numbers) {

@@ -20,8 +20,11 @@ void norms(const std::vector<Tensor>& g, const std::vector<Tensor>& a, const std
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t v = 0; v < V; ++v) out[v * N + n] = 0;
       for (const DenseLayer<T>& l : layers) {
-        const T input = l.bias + sum_of_squares<T>(l.a + n * l.an, l.I);
-        for (int64_t v = 0; v < V; ++v) out[v * N + n] += input * sum_of_squares<T>(l.g + v * l.gv + n * l.gn, l.O);
+        const T input = l.bias + product<T>(l.a + n * l.an, l.a + n * l.an, l.I);
+        for (int64_t v = 0; v < V; ++v) {
+          const T* g = l.g + v * l.gv + n * l.gn;
+          out[v * N + n] += input * product<T>(g, g, l.O);
+        }
       }
     }
   });

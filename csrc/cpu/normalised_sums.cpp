@@ -8,6 +8,7 @@
 // Shapes: g [V, N S, F], input x [N S, F], the rows of a sample one after the other; out [V, N, F]. Entries are
 // contiguous. A thread takes samples; (2 V + 6) N S F flops; bytes of g and x once (x again from the first cache).
 #include "kernel.h"
+#include "rows.h"
 
 #include <cmath>
 
@@ -28,11 +29,6 @@ CURVATURE_CLONES T lane_sum(const T* x, int64_t count, T shift, bool squares) {
   for (; k < count; ++k) sum += squares ? (x[k] - shift) * (x[k] - shift) : x[k];
   for (int64_t l = 0; l < L; ++l) sum += lanes[l];
   return sum;
-}
-
-template <class T>
-CURVATURE_CLONES void normalise(const T* __restrict__ x, T mean, T scale, int64_t F, T* __restrict__ to) {
-  for (int64_t f = 0; f < F; ++f) to[f] = (x[f] - mean) * scale;
 }
 
 template <class T>

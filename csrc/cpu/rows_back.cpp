@@ -3,37 +3,21 @@
 // Helpers of the CPU: what was saved of a row is read once for all columns, where torch takes one column at a time, and
 // nothing fresh is written. Declared here.
 //
-//   softmax_back_      G <- p (G - sum_k p G)                              p [R, K], the softmax of each row
-//   layer_norm_back_   G <- d (w G - mean_k w G - x_hat mean_k x_hat w G)  x_hat = (x - mean) d, for x [R, K], mean
-//   [R],
-//                                                                          d [R], w [K] or none
+//   softmax_back_      G <- p (G - sum_k p G)
+//   layer_norm_back_   G <- d (w G - mean_k w G - x_hat mean_k x_hat w G),  x_hat = (x - mean) d
+//
+// Shapes: p [R, K], the softmax of each row; x [R, K], mean [R], d [R] (`scale`), w [K] or none (ones).
 //
 // All are contiguous. A thread takes rows; 4 or 10 V R K flops; bytes of G twice and of p or x once.
 #include "kernel.h"
+#include "rows.h"
 
 namespace torch_curvature::cpu {
 namespace {
 
 template <class T>
-CURVATURE_CLONES T product(const T* x, const T* y, int64_t count) {
-  constexpr int64_t L = 64 / sizeof(T);
-  T lanes[L] = {}, sum = 0;
-  int64_t k = 0;
-  for (; k + L <= count; k += L)
-    for (int64_t l = 0; l < L; ++l) lanes[l] += x[k + l] * y[k + l];
-  for (; k < count; ++k) sum += x[k] * y[k];
-  for (int64_t l = 0; l < L; ++l) sum += lanes[l];
-  return sum;
-}
-
-template <class T>
 CURVATURE_CLONES void less_mean(const T* __restrict__ p, T mean, int64_t count, T* __restrict__ g) {
   for (int64_t k = 0; k < count; ++k) g[k] = p[k] * (g[k] - mean);
-}
-
-template <class T>
-CURVATURE_CLONES void normalise(const T* __restrict__ x, T mean, T scale, int64_t count, T* __restrict__ to) {
-  for (int64_t k = 0; k < count; ++k) to[k] = (x[k] - mean) * scale;
 }
 
 template <class T>

@@ -138,7 +138,7 @@ GRAPHS: dict[str, list[Graph]] = {
 @pytest.mark.parametrize("few", [0, 1 << 16])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_known_node(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "FEW_ENTRIES", few)
+    monkeypatch.setattr(sequences, "SIDE_BY_SIDE", few)
     for of in GRAPHS[name]:
         compare(name, *graph(of))
 
