@@ -247,6 +247,22 @@ def test_models(name: str, taken: list[bool]) -> None:
     assert all(taken)
 
 
+def test_normalised_groups_of_images(taken: list[bool]) -> None:
+    first, second = nn.Conv2d(2, 4, 2), nn.Conv2d(4, 6, 2)
+    norms = nn.GroupNorm(2, 4), nn.GroupNorm(3, 6, affine=False)
+    model = nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.SiLU(), nn.Flatten(), nn.Linear(24, 3))
+    data, loss = (torch.randn(3, 2, 4, 4), torch.randint(3, (3,))), nn.CrossEntropyLoss()
+    truth = reference.gauss_newton(model, loss, data)
+    for _ in range(2):
+        taken.clear()
+        close(tc.GaussNewton(model, loss, data).dense(), truth)
+        v = torch.randn(len(truth))
+        close(tc.GaussNewton(model, loss, data) @ v, truth @ v)
+        close(tc.EmpiricalFisher(model, loss, data).trace(), reference.empirical_fisher(model, loss, data).trace())
+    assert taken
+    assert all(taken)
+
+
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("V", "R", "K"), [(1, 1, 1), (3, 5, 7), (2, 300, 33), (9, 4, 64), (0, 3, 4), (2, 0, 4)])
