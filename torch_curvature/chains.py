@@ -8,7 +8,6 @@ graph (as ``nodes.py`` knows any graph of such nodes) and run by one helper of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from .nodes import IN_PLACE, LEAF
 from .ops.routing import takes_helpers
+from .processor import chain_weights
 
 _dense_chain = torch.ops.torch_curvature.dense_chain.default._op
 _dense_chain_norms = torch.ops.torch_curvature.dense_chain_norms.default._op
@@ -25,18 +25,7 @@ DENSE, SLOPE, POSITIVE, KEEP = range(4)  # kinds of steps as the helpers number 
 UNKNOWN = -1
 
 
-def _most_weights() -> int:
-    """Entries of weights that fill half of the second-level cache of one core in float32; those of half a MiB where
-    its size is not known. Larger layers are worth a matrix product of their own."""
-    try:
-        kibibytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K"))
-    except (OSError, ValueError):
-        kibibytes = 0
-    return min(max(1 << 17, kibibytes * 1024 // 8), 1 << 19)
-
-
-MOST_WEIGHTS = _most_weights()
-FEW_WEIGHTS = 1 << 17  # where derivatives of one column are asked for: torch's products are faster beyond
+MOST_WEIGHTS, FEW_WEIGHTS = chain_weights()  # entries, where several columns go through a chain and where one does
 
 
 class Link(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from .test_matrices import close
 pytestmark = pytest.mark.usefixtures("on_the_cpu")  # the helpers are of the CPU
 
 dense_chain = torch.ops.torch_curvature.dense_chain
+LARGE = chains.MOST_WEIGHTS // 4 + 1  # more weights than a chain has, in a layer of four outputs
 EVERY: list[Callable[[Tensor], Tensor]] = [
     *(torch.relu, torch.tanh, torch.sigmoid, F.gelu, F.silu, F.elu, F.softplus, F.hardtanh, F.hardswish, F.mish),
     *(F.logsigmoid, torch.sin, torch.cos, torch.exp),
@@ -107,7 +107,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "three axes": lambda z, w: z.view(2, -1, 4) @ w,
     "softmax": lambda z, w: z.softmax(1),
     "another dtype": lambda z, w: z.float(),
-    "a hidden layer of large weights": lambda z, w: z @ torch.ones(4, 140000) @ torch.ones(140000, 4),
+    "a hidden layer of large weights": lambda z, w: z @ torch.ones(4, LARGE) @ torch.ones(LARGE, 4),
 }
 
 
@@ -132,22 +132,6 @@ def test_what_was_no_chain_is_not_searched_for_again(monkeypatch: pytest.MonkeyP
         diagonal = tc.GaussNewton(residual, loss, data).diagonal()
         close(torch.cat([d.flatten() for d in diagonal.values()]), truth.diagonal())
         assert len(calls) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "most"), [("512K", 1 << 17), ("2048K\n", 1 << 18), ("64M", 1 << 17), ("1048576K", 1 << 19)]
-)
-def test_largest_weights_by_the_cache(text: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    assert chains._most_weights() == most
-
-
-def test_largest_weights_where_nothing_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(self: Path) -> str:
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert chains._most_weights() == 1 << 17
 
 
 @pytest.mark.parametrize("wrong", [None, "chain", "nodes"])

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .formats import in_faster_format
+
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
@@ -18,7 +20,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
-    return model(inputs)
+    return model(in_faster_format(model, inputs) if isinstance(inputs, Tensor) else inputs)
 
 
 def pair_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
