@@ -9,7 +9,8 @@ import torch
 
 from torch_curvature import chains, processor
 
-INTEL, AMD = "processor\t: 0\nvendor_id\t: GenuineIntel\n", "processor\t: 0\nvendor_id\t: AuthenticAMD\n"
+INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel name\t: A: b\n"
+ZEN4, ZEN5 = (f"processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {k}\nmodel\t\t: 2\n\n" for k in (25, 26))
 
 
 @pytest.fixture
@@ -42,13 +43,23 @@ def test_by_the_second_cache(size: str | None, most: int, machine) -> None:
 
 
 def test_by_the_third_cache_where_products_are_slow(machine) -> None:
-    machine("1024K", "32768K", AMD)
+    machine("1024K", "32768K", ZEN5)
     assert processor.chain_weights() == (1 << 21, 1 << 21)
-    machine("1024K", "1024K", AMD)
+    machine("1024K", "1024K", ZEN5)
     assert processor.chain_weights() == (1 << 17, 1 << 17)
 
 
-@pytest.mark.parametrize(("maker", "width"), [(AMD, "AVX2"), (None, "AVX512"), ("processor\t: 0\n", "AVX512")])
+@pytest.mark.parametrize(
+    ("maker", "width"),
+    [
+        (ZEN5, "AVX2"),
+        (ZEN4, "AVX512"),
+        (INTEL, "AVX512"),
+        (None, "AVX512"),
+        ("processor\t: 0\n", "AVX512"),
+        ("", "AVX512"),
+    ],
+)
 def test_products_are_not_called_slow_without_a_reason(maker: str | None, width: str, machine) -> None:
     machine("1024K", "32768K", maker, width)
     assert processor.chain_weights() == (1 << 17, 1 << 17)
