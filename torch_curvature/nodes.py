@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from . import rearranging, sequences, spatial
+from .dense_products import is_wide, product
 from .node_kinds import Kind, alike, input_shape, only_ahead, output_shape, scaled
 from .rearranging import PARTS, REARRANGING, SEVERAL_OUTPUTS
 from .sequences import SEQUENCES
@@ -33,15 +34,13 @@ def _shares_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _product_back(G: Tensor, mat2: Tensor) -> Tensor:
-    return torch.mm(G.reshape(-1, G.shape[-1]), mat2.T).view(*G.shape[:-1], -1)
+    return product(G.reshape(-1, G.shape[-1]), mat2.T).view(*G.shape[:-1], -1)
 
 
 def _product_ahead(mat1: Any, mat2: Any, d1: Tensor | None, d2: Tensor | None) -> Tensor | None:
     """Tangent of a product; a factor is asked for only where the other one has a tangent (else it is not saved)."""
-    tangent = None if d2 is None else torch.mm(mat1(), d2)
-    if d1 is None:
-        return tangent
-    return torch.mm(d1, mat2()) if tangent is None else tangent.addmm_(d1, mat2())
+    tangent = None if d2 is None else product(mat1(), d2)
+    return tangent if d1 is None else product(d1, mat2(), tangent)
 
 
 def _addmm_back(node: Any, G: Tensor, input: int) -> Tensor | None:
@@ -130,8 +129,9 @@ IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     **{f"{name}Backward0": _elementwise_in_place for name in _SMOOTH},
 }
 OVERWRITING: dict[str, Callable[[Any, Tensor, int], Tensor]] = {**rearranging.IN_PLACE, **sequences.IN_PLACE}
-# One column passes these faster in autograd's own engine, which lets go of what it has passed; and so do several whose
-# derivatives at the edges have fewer entries than this on average: then nodes cost what Python takes for each of them.
+# One column passes these faster in autograd's own engine, which lets go of what it has passed (but for large products,
+# where they go a faster way here); and so do several whose derivatives at the edges have fewer entries than this on
+# average: then nodes cost what Python takes for each of them.
 FEW_ENTRIES = 1 << 15
 FOR_SEVERAL = SEQUENCES.keys() | REARRANGING.keys() - {
     *("AddBackward0", "TBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
@@ -190,7 +190,7 @@ def pull_back(outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor) -
     """
     targets = {edge.node for edge in edges}
     entries = sum(output_shape(node).numel() for node in targets)
-    small = len(columns) == 1 or len(columns) * entries < FEW_ENTRIES * len(targets)
+    small = (len(columns) == 1 and not is_wide(columns)) or len(columns) * entries < FEW_ENTRIES * len(targets)
     nodes = graph_behind(outputs, FOR_SEVERAL.__contains__) if small else graph_behind(outputs)
     if not nodes or any(edge.output_nr != 0 for edge in edges):
         return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_curvature as tc
-from torch_curvature import chain_products, nodes, reference
+from torch_curvature import chain_products, chains, nodes, reference
 from torch_curvature.chain_products import product_chain
 
 from .test_chains import EVERY
@@ -102,7 +102,7 @@ LEFT: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
     "a weight that is computed": lambda z, w, b: z @ w.tanh(),
     "a bias that is broadcast": lambda z, w, b: torch.addmm(nn.Parameter(b.detach()[:1]), z, w),
     "softmax": lambda z, w, b: (z @ w).softmax(1),
-    "a large layer": lambda z, w, b: z @ nn.Parameter(torch.ones(4, 140000)),
+    "a large layer": lambda z, w, b: z @ nn.Parameter(torch.ones(4, chains.MOST_WEIGHTS // 4 + 1)),
     "three axes": lambda z, w, b: z.view(2, -1, 4) @ w,
 }
 
