@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from .ops import jacobian_gram
+from .ops.pages import in_large_pages
 from .ops.routing import takes_helpers
 
 _norms = torch.ops.torch_curvature.convolution_norms.default._op
 _diagonal = torch.ops.torch_curvature.convolution_diagonal.default._op
 _jacobian = torch.ops.torch_curvature.convolution_jacobian.default._op
+_jacobian_ = torch.ops.torch_curvature.convolution_jacobian_.default._op
 
 
 # Bytes of the Jacobians of a few outputs, which then go through the same memory: fresh pages cost more than to meet the
 # images again. Outputs are taken in whole panels of the kernel.
-SLAB_BYTES, PANEL = 1 << 22, 32
+SLAB_BYTES, PANEL_BYTES = 1 << 22, 128
 
 REORDERED = 40  # multiply-adds, as measured, that bringing an entry in order for sums over pairs of positions is worth
 
@@ -56,7 +58,7 @@ class Patches:
 
     def jacobian(self, g: Tensor) -> Tensor:
         """``sum_s g[v,n,s] (x) a[n,s]`` [V, N, O C K]."""
-        found: Tensor = _jacobian(g, self.images, self.geometry, False)
+        found: Tensor = _jacobian(g, self.images, self.geometry)
         return found
 
     def diagonal(self, g: Tensor, sign: Tensor | None) -> Tensor:
@@ -64,14 +66,18 @@ class Patches:
         found: Tensor = _diagonal(g, self.images, self.geometry, None if sign is None else sign.to(g.dtype))
         return found
 
-    def gram(self, g: Tensor, add_to: Tensor | None) -> Tensor:
-        """[V, N, V, N] inner products of the Jacobians, added to what is given; a few outputs at a time."""
+    def gram(self, g: Tensor, add_to: Tensor | None, with_bias: bool) -> Tensor:
+        """[V, N, V, N] inner products of the Jacobians, added to what is given; a few outputs at a time. With those of
+        the bias, ``sum_s g[v,n,s]``, where it is asked for."""
         V, N, _, O = g.shape
-        each = V * N * self._inputs() * g.element_size()  # bytes of one output
-        step = max(1, SLAB_BYTES // max(1, PANEL * each)) * PANEL
-        for start in range(0, O, step):
-            J = _jacobian(g[..., start : start + step], self.images, self.geometry, True).unsqueeze(2)  # in any order
-            ones = J.new_ones(1, 1, 1).expand(J.shape[1], 1, 1)
-            add_to = jacobian_gram(J, ones, add_to=add_to)
+        panel = PANEL_BYTES // g.element_size()
+        each = V * N * (self._inputs() + with_bias) * panel  # entries of one panel
+        panels = max(1, SLAB_BYTES // max(1, each * g.element_size()))
+        room, ones = in_large_pages(g, min(panels, -(-O // panel)) * each), g.new_ones(1, 1, 1).expand(N, 1, 1)
+        for start in range(0, O, panels * panel):
+            some = g[..., start : start + panels * panel]
+            J = room[: -(-some.shape[3] // panel) * each]
+            _jacobian_(J, some, self.images, self.geometry, with_bias)  # entries in any order
+            add_to = jacobian_gram(J.view(V, N, 1, -1), ones, add_to=add_to)
         assert add_to is not None
         return add_to

@@ -5,8 +5,10 @@
 //   J[v, n][o, (c, ky, kx)] = sum_{y, x} g[v, n, (y, x), o] input[n, c, y sy + ky dy - py, x sx + kx dx - px]
 //
 // Shapes: g [V, N, S, O], input [N, C, H, W]; geometry: kernel, stride, padding (top, left), dilation and output
-// positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K] or, `tiled`, its entries
-// as they come, [V, N, panels of O][K][C][kCols] with zeros in the last panel: for inner products. convolution_norms
+// positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K]; its entries as they
+// come, [V, N, panels of O][K][C][kCols] with zeros in the last panel, are written by convolution_jacobian_ into memory
+// that is there: for inner products, a few outputs at a time; with_bias, sum_s g[v, n, s] follows in each panel, as one
+// more of its K C rows. convolution_norms
 // gives squared norms [V, N], with_bias those of J and sum_s g[v, n, s] together; convolution_diagonal gives
 // sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
 //
@@ -28,6 +30,16 @@ CURVATURE_CLONES void add_squares_of_sums(const T* __restrict__ x, int64_t depth
   for (int64_t c = 0; c < W; ++c) lanes[c] += sums[c] * sums[c];
 }
 
+// sums[c] = sum_k x[k, c] for a panel x [depth][kCols], zero from `cols` on.
+template <class T>
+CURVATURE_CLONES void sum_panel(const T* __restrict__ x, int64_t depth, int64_t cols, T* __restrict__ sums) {
+  constexpr int64_t W = kCols<T>;
+  T found[W] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < W; ++c) found[c] += x[k * W + c];
+  for (int64_t c = 0; c < W; ++c) sums[c] = c < cols ? found[c] : T(0);
+}
+
 template <class T>
 struct Problem {
   const T *g, *input;
@@ -40,7 +52,6 @@ struct Problem {
   int64_t places() const { return geometry.y.kernel * geometry.x.kernel; }
   int64_t entries() const { return geometry.O * geometry.C * places(); }
   int64_t inputs() const { return places() * geometry.C; }  // rows of tiles: channels within places of the kernel
-  int64_t tiled_entries() const { return panels<T>(geometry.O) * inputs() * kCols<T>; }
   int64_t tiles() const { return divide_up(inputs(), kRows) * panels<T>(geometry.O); }
   bool worth_threads() const {
     return double(V) * N * geometry.y.out * geometry.x.out * double(entries()) > kWorthThreads;
@@ -156,11 +167,15 @@ struct Problem {
     });
   }
 
-  void tiled_jacobian() const {
+  void tiled_jacobian(bool with_bias) const {
     constexpr int64_t W = kCols<T>;
+    const int64_t lines = inputs() + with_bias, wide = panels<T>(geometry.O);
     share_columns([&](int64_t n, int64_t v0, int64_t v1, const auto& each) {
-      each(n, v0, v1, [&](int64_t v, const T*, int64_t m, int64_t q, const T* tile, int64_t rows, int64_t cols) {
-        T* to = out + (v * N + n) * tiled_entries() + (q * inputs() + m) * W;
+      each(n, v0, v1, [&](int64_t v, const T* packed, int64_t m, int64_t q, const T* tile, int64_t rows, int64_t cols) {
+        T* panel = out + ((v * N + n) * wide + q) * lines * W;
+        if (with_bias && m == 0)
+          sum_panel<T>(packed + q * geometry.depth() * W, geometry.depth(), cols, panel + inputs() * W);
+        T* to = panel + m * W;
         if (cols == W) return void(std::copy_n(tile, rows * W, to));
         for (int64_t r = 0; r < rows; ++r)
           std::fill(std::copy_n(tile + r * W, cols, to + r * W), to + (r + 1) * W, T(0));
@@ -218,18 +233,24 @@ int64_t padded_outputs(const Tensor& g) {
                                                : panels<float>(g.size(3)) * kCols<float>;
 }
 
+// `room` is where tiles go.
 Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std::vector<int64_t>& numbers,
-                 const std::optional<Tensor>& sign, Wanted wanted, bool with_bias = false) {
+                 const std::optional<Tensor>& sign, Wanted wanted, bool with_bias = false,
+                 const std::optional<Tensor>& room = {}) {
   const Geometry z = check_geometry(op, g, input, numbers);
   CURVATURE_CHECK(!sign || (sign->dim() == 2 && sign->size(0) == g.size(0) && sign->size(1) == g.size(1) &&
                             sign->scalar_type() == g.scalar_type()),
                   op, ": 'sign' must be [V, N], of the dtype of 'g'.");
   const int64_t V = g.size(0), N = g.size(1), inputs = z.C * z.y.kernel * z.x.kernel;
-  Tensor out = new_result(op, g,
-                          wanted == Wanted::kNorms      ? Sizes{V, N}
-                          : wanted == Wanted::kJacobian ? Sizes{V, N, z.O * inputs}
-                          : wanted == Wanted::kTiled    ? Sizes{V, N, padded_outputs(g) * inputs}
-                                                        : Sizes{z.O, inputs});
+  const int64_t entries = V * N * padded_outputs(g) * (inputs + with_bias);
+  CURVATURE_CHECK(
+      !room || (room->scalar_type() == g.scalar_type() && room->is_contiguous() && room->numel() == entries), op,
+      ": 'room' must be contiguous, of the dtype of 'g', with ", entries, " entries.");
+  Tensor out = room ? *room
+                    : new_result(op, g,
+                                 wanted == Wanted::kNorms      ? Sizes{V, N}
+                                 : wanted == Wanted::kJacobian ? Sizes{V, N, z.O * inputs}
+                                                               : Sizes{z.O, inputs});
   if (V * N * z.O * inputs == 0) return torch::stable::zero_(out);
   dispatch_floating(g.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -251,7 +272,7 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
                                static_cast<T*>(out.data_ptr())};
       wanted == Wanted::kNorms      ? problem.norms(with_bias)
       : wanted == Wanted::kJacobian ? problem.jacobian()
-      : wanted == Wanted::kTiled    ? problem.tiled_jacobian()
+      : wanted == Wanted::kTiled    ? problem.tiled_jacobian(with_bias)
                                     : problem.diagonal();
     } else {
       CURVATURE_CHECK(false, op, ": float32 or float64 is needed.");
@@ -263,8 +284,12 @@ Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std
 Tensor convolution_norms(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry, bool with_bias) {
   return convolved("convolution_norms", g, input, geometry, {}, Wanted::kNorms, with_bias);
 }
-Tensor convolution_jacobian(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry, bool tiled) {
-  return convolved("convolution_jacobian", g, input, geometry, {}, tiled ? Wanted::kTiled : Wanted::kJacobian);
+Tensor convolution_jacobian(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry) {
+  return convolved("convolution_jacobian", g, input, geometry, {}, Wanted::kJacobian);
+}
+void convolution_jacobian_(const Tensor& room, const Tensor& g, const Tensor& input,
+                           const std::vector<int64_t>& geometry, bool with_bias) {
+  convolved("convolution_jacobian_", g, input, geometry, {}, Wanted::kTiled, with_bias, room);
 }
 Tensor convolution_diagonal(const Tensor& g, const Tensor& input, const std::vector<int64_t>& geometry,
                             std::optional<Tensor> sign) {
@@ -274,13 +299,15 @@ Tensor convolution_diagonal(const Tensor& g, const Tensor& input, const std::vec
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_curvature, m) {
   m.def("convolution_norms(Tensor g, Tensor input, int[] geometry, bool with_bias) -> Tensor");
-  m.def("convolution_jacobian(Tensor g, Tensor input, int[] geometry, bool tiled) -> Tensor");
+  m.def("convolution_jacobian(Tensor g, Tensor input, int[] geometry) -> Tensor");
+  m.def("convolution_jacobian_(Tensor(a!) room, Tensor g, Tensor input, int[] geometry, bool with_bias) -> ()");
   m.def("convolution_diagonal(Tensor g, Tensor input, int[] geometry, Tensor? sign) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_curvature, CPU, m) {
   m.impl("convolution_norms", TORCH_BOX(&convolution_norms));
   m.impl("convolution_jacobian", TORCH_BOX(&convolution_jacobian));
+  m.impl("convolution_jacobian_", TORCH_BOX(&convolution_jacobian_));
   m.impl("convolution_diagonal", TORCH_BOX(&convolution_diagonal));
 }
 }  // namespace torch_curvature::cpu

@@ -67,23 +67,26 @@ def test_equals_unfolded(geometry: tuple, V: int, N: int, C: int, O: int, dtype:
         close(patches.norms(derivatives, False), J.square().sum((2, 3)), J.square().sum((2, 3)))
         with_bias = J.square().sum((2, 3)) + g.sum(2).square().sum(2)
         close(patches.norms(derivatives, True), with_bias, with_bias)
-        close(patches.gram(derivatives, None), gram, gram)
+        close(patches.gram(derivatives, None, False), gram, gram)
+        of_bias = torch.einsum("vno,wmo->vnwm", g.sum(2), g.sum(2))
+        close(patches.gram(derivatives, None, True), gram + of_bias, gram + of_bias)
         close(patches.diagonal(derivatives, None), J.square().sum((0, 1)), J.square().sum((0, 1)))
         expected = (sign[:, :, None, None] * J.square()).sum((0, 1))
         close(patches.diagonal(derivatives, sign), expected, (sign.abs()[:, :, None, None] * J.square()).sum((0, 1)))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("slab", [1, 1 << 30])
-def test_gram_in_slabs_of_outputs(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gram_in_slabs_of_outputs(slab: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLAB_BYTES", slab)
     seen, g, J = draw(GEOMETRIES[0], 2, 4, 3, 70, torch.float64)
-    rows = J.flatten(2)
+    rows = torch.cat([J.flatten(2), g.sum(2)], 2) if with_bias else J.flatten(2)
     expected = torch.einsum("vnp,wmp->vnwm", rows, rows)
-    found = seen.gram(g, None)
+    found = seen.gram(g, None, with_bias)
     close(found, expected, expected)
     assert torch.equal(found, found.permute(2, 3, 0, 1))
     start = torch.randn(2, 4, 2, 4, dtype=torch.float64)
-    close(seen.gram(g, start.clone()), start + expected, expected)
+    close(seen.gram(g, start.clone(), with_bias), start + expected, expected)
 
 
 def test_results_do_not_depend_on_threads() -> None:
