@@ -24,8 +24,11 @@ _times_transposed = _one_dnn()
 
 
 def is_wide(x: Tensor) -> bool:
-    """Whether large products of such matrices go another way than autograd's engine takes them, and faster."""
-    return _times_transposed is not None and x.dtype == torch.float32 and x.device.type == "cpu" and type(x) is Tensor
+    """Whether large products of such matrices go another way than autograd's engine takes them, and faster; not where
+    the user has switched oneDNN off."""
+    if _times_transposed is None or x.dtype != torch.float32 or x.device.type != "cpu" or type(x) is not Tensor:
+        return False
+    return bool(torch.backends.mkldnn.enabled)
 
 
 def product(x: Tensor, y: Tensor, add_to: Tensor | None = None) -> Tensor:

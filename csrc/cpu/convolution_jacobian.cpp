@@ -8,9 +8,8 @@
 // positions (S = rows x columns), two numbers each. convolution_jacobian gives J [V, N, O C K]; its entries as they
 // come, [V, N, panels of O][K][C][kCols] with zeros in the last panel, are written by convolution_jacobian_ into memory
 // that is there: for inner products, a few outputs at a time; with_bias, sum_s g[v, n, s] follows in each panel, as one
-// more of its K C rows. convolution_norms
-// gives squared norms [V, N], with_bias those of J and sum_s g[v, n, s] together; convolution_diagonal gives
-// sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
+// more of its K C rows. convolution_norms gives squared norms [V, N], with_bias those of J and sum_s g[v, n, s]
+// together; convolution_diagonal gives sum_vn sign[v, n] J[v, n]^2 [O, C K] entry by entry.
 //
 // The numbers of the input are read where they lie (convolution.h), a few places of the kernel and channels at a time,
 // and multiply panels of g in registers. 2 V N S O C K flops (times padded width over width); bytes of g, input and
@@ -233,7 +232,7 @@ int64_t padded_outputs(const Tensor& g) {
                                                : panels<float>(g.size(3)) * kCols<float>;
 }
 
-// `room` is where tiles go.
+// Tiles go to `room`; all else into a result of its own.
 Tensor convolved(const char* op, const Tensor& g, const Tensor& input, const std::vector<int64_t>& numbers,
                  const std::optional<Tensor>& sign, Wanted wanted, bool with_bias = false,
                  const std::optional<Tensor>& room = {}) {

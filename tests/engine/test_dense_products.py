@@ -59,7 +59,12 @@ def test_what_is_not_taken(taken: list[int], monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(dense_products.product(x, y), x @ y)
     assert torch.equal(dense_products.product(x, y, torch.ones(4, 2)), torch.ones(4, 2).addmm_(x, y))
     assert torch.equal(dense_products.product(x[:0], y), x[:0] @ y)
+    monkeypatch.setattr(dense_products, "ENOUGH", 0)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert torch.equal(dense_products.product(x, y), x @ y)
     assert not taken
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    assert dense_products.is_wide(x)
     monkeypatch.setattr(dense_products, "_times_transposed", None)
     assert not dense_products.is_wide(x)
 

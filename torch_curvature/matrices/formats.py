@@ -48,8 +48,8 @@ def is_indifferent(model: nn.Module) -> bool:
 
 
 def _in_order(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a sequence runs, one by one; a module with hooks or a forward of its own as its container, which
-    is none of those above."""
+    """The modules that a sequence runs, one by one; for one with hooks or a forward of its own, and what is in it, a
+    bare module, which is none of those above."""
     if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
         yield nn.Module()
     elif type(module) is nn.Sequential:
