@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "spatial": {"node_kinds", "ops"},
     "rearranging": {"node_kinds"},
     "sequences": {"node_kinds", "ops"},
-    "dense_products": {"processor"},
+    "dense_products": {"node_kinds", "processor"},
     "nodes": {"dense_products", "node_kinds", "rearranging", "sequences", "spatial"},
     "processor": set(),
     "chains": {"nodes", "processor", "ops"},

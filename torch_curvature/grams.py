@@ -81,14 +81,15 @@ def gram(left: Factor, right: Factor, add_to: Tensor | None = None) -> Tensor:
 
     With ``add_to`` they are added to it, and it is returned.
     """
-    if right is left and isinstance(left.input, Unfolding) and left.input.patches is not None and smaller_formed(left):
+    formed = left.input is None or right.input is None or any(smaller_formed(factor) for factor in (left, right))
+    if formed and right is left and isinstance(left.input, Unfolding) and left.input.patches is not None:
         return left.input.patches.gram(left.g, add_to, left.bias is not None)
-    if left.bias is not None and (left.positions > 1 or right.positions > 1):
+    if left.bias is not None and (formed or left.positions > 1 or right.positions > 1):
         of_bias = left.of_bias()
         total = gram(of_bias, of_bias if right is left else right.of_bias(), add_to)
         weight = left.without_bias()
         return gram(weight, weight if right is left else right.without_bias(), total)
-    if left.input is None or right.input is None or any(smaller_formed(factor) for factor in (left, right)):
+    if formed:
         first, second = _as_g(left), None if right is left else _as_g(right)
         ones2 = None if second is None else ones_for(second)
         return jacobian_gram(first, ones_for(first), second, ones2, add_to=add_to)

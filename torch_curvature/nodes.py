@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from . import rearranging, sequences, spatial
-from .dense_products import is_wide, product
+from .dense_products import mostly_large, product, takes_one_dnn
 from .node_kinds import Kind, alike, input_shape, only_ahead, output_shape, scaled
 from .rearranging import PARTS, REARRANGING, SEVERAL_OUTPUTS
 from .sequences import SEQUENCES
@@ -129,9 +129,9 @@ IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     **{f"{name}Backward0": _elementwise_in_place for name in _SMOOTH},
 }
 OVERWRITING: dict[str, Callable[[Any, Tensor, int], Tensor]] = {**rearranging.IN_PLACE, **sequences.IN_PLACE}
-# One column passes these faster in autograd's own engine, which lets go of what it has passed (but for large products,
-# where they go a faster way here); and so do several whose derivatives at the edges have fewer entries than this on
-# average: then nodes cost what Python takes for each of them.
+# One column passes these faster in autograd's own engine, which lets go of what it has passed (but where most of the
+# products between are large, and go a faster way here); and so do several whose derivatives at the edges have fewer
+# entries than this on average: then nodes cost what Python takes for each of them.
 FEW_ENTRIES = 1 << 15
 FOR_SEVERAL = SEQUENCES.keys() | REARRANGING.keys() - {
     *("AddBackward0", "TBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
@@ -190,9 +190,12 @@ def pull_back(outputs: Tensor, edges: Sequence[GradientEdge], columns: Tensor) -
     """
     targets = {edge.node for edge in edges}
     entries = sum(output_shape(node).numel() for node in targets)
-    small = (len(columns) == 1 and not is_wide(columns)) or len(columns) * entries < FEW_ENTRIES * len(targets)
+    alone = len(columns) == 1
+    small = (alone and not takes_one_dnn(columns)) or len(columns) * entries < FEW_ENTRIES * len(targets)
     nodes = graph_behind(outputs, FOR_SEVERAL.__contains__) if small else graph_behind(outputs)
     if not nodes or any(edge.output_nr != 0 for edge in edges):
+        return None
+    if alone and not small and any(node.name() in FOR_SEVERAL for node in nodes) and not mostly_large(nodes):
         return None
     ways: dict[Any, list[int]] = {}  # inputs of nodes that lead to an edge; only these need be known
     for node in nodes:

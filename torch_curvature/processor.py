@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-_SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")
+_SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")  # index2 is the second-level cache, index3 the third
 _INFORMATION = Path("/proc/cpuinfo")
 
 
-def cache_bytes(level: int, system: Path = _SYSTEM) -> int:
-    """Of the data cache of one core at that level; 0 where it is not known."""
+def cache_bytes(level: int) -> int:
+    """Of the cache of level 2 (one core's) or 3 (which several share); 0 where it is not known."""
     try:
-        return int((system / f"index{level}" / "size").read_text().strip().removesuffix("K")) * 1024
+        return int((_SYSTEM / f"index{level}" / "size").read_text().strip().removesuffix("K")) * 1024
     except (OSError, ValueError):
         return 0
 
 
-def products_half_wide(information: Path = _INFORMATION) -> bool:
+def products_half_wide() -> bool:
     """Whether torch's dense products leave half of the vector units unused.
 
     MKL takes the registers of AVX-512 on processors of Intel only. On AMD's since Zen 5 (family 26), whose units are as
@@ -29,7 +29,7 @@ def products_half_wide(information: Path = _INFORMATION) -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
-        with information.open() as lines:
+        with _INFORMATION.open() as lines:
             pairs = [line.partition(":") for line in itertools.islice(lines, 8)]
     except OSError:
         return False

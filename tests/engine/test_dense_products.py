@@ -22,11 +22,11 @@ def taken(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     torch.set_default_dtype(torch.float32)  # that of the other tests comes back with them
     calls: list[int] = []
 
-    def times_transposed(x: Tensor, w: Tensor, *rest: object) -> Tensor:
+    def linear(x: Tensor, w: Tensor, *rest: object) -> Tensor:
         calls.append(1)
         return torch.ops.mkldnn._linear_pointwise(x, w, *rest)
 
-    monkeypatch.setattr(dense_products, "_times_transposed", times_transposed)
+    monkeypatch.setattr(dense_products, "_linear", linear)
     monkeypatch.setattr(dense_products, "ENOUGH", 0)
     monkeypatch.setattr(nodes, "FEW_ENTRIES", 0)
     return calls
@@ -37,10 +37,22 @@ def close(ours: Tensor, truth: Tensor) -> None:
     assert float((ours.double() - truth).norm()) <= 1e-5 * float(truth.norm())
 
 
+def lefts(R: int, K: int) -> list[Tensor]:
+    return [torch.randn(R, K), torch.randn(K, R).T, torch.randn(R, 2 * K)[:, ::2], torch.randn(1, K).expand(R, K)]
+
+
+def rights(K: int, M: int) -> list[Tensor]:
+    return [torch.randn(K, M), torch.randn(M, K).T, torch.randn(2 * K, M)[1::2]]
+
+
+def _plain(x: Tensor) -> bool:
+    return x.is_contiguous() or x.T.is_contiguous()
+
+
 @pytest.mark.parametrize(("R", "K", "M"), [(1, 1, 1), (5, 3, 7), (64, 33, 10), (1, 300, 40), (130, 1, 17), (16, 64, 1)])
 def test_values(R: int, K: int, M: int, taken: list[int]) -> None:
-    for x in (torch.randn(R, K), torch.randn(K, R).T, torch.randn(R, 2 * K)[:, ::2], torch.randn(1, K).expand(R, K)):
-        for y in (torch.randn(K, M), torch.randn(M, K).T, torch.randn(2 * K, M)[1::2]):
+    for x in lefts(R, K):
+        for y in rights(K, M):
             before, total = (x.clone(), y.clone()), torch.randn(R, M)
             close(dense_products.product(x, y), x.double() @ y.double())
             expected = total.double() + x.double() @ y.double()
@@ -48,7 +60,14 @@ def test_values(R: int, K: int, M: int, taken: list[int]) -> None:
             close(total, expected)
             assert torch.equal(x, before[0])
             assert torch.equal(y, before[1])
-    assert len(taken) == 24
+    assert len(taken) == 2 * sum(_plain(x) and _plain(y) for x in lefts(R, K) for y in rights(K, M))
+
+
+def test_strides_that_one_dnn_does_not_know(taken: list[int]) -> None:
+    x = torch.randn(6, 20)
+    for y in (torch.randn(140).as_strided((20, 7), (3, 5)), torch.randn(7).expand(20, 7)):
+        close(dense_products.product(x, y), x.double() @ y.double())
+    assert not taken
 
 
 def test_what_is_not_taken(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +83,9 @@ def test_what_is_not_taken(taken: list[int], monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(dense_products.product(x, y), x @ y)
     assert not taken
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    assert dense_products.is_wide(x)
-    monkeypatch.setattr(dense_products, "_times_transposed", None)
-    assert not dense_products.is_wide(x)
+    assert dense_products.takes_one_dnn(x)
+    monkeypatch.setattr(dense_products, "_linear", None)
+    assert not dense_products.takes_one_dnn(x)
 
 
 def test_only_where_products_are_half_wide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +97,7 @@ def test_only_where_products_are_half_wide(monkeypatch: pytest.MonkeyPatch) -> N
     assert dense_products._one_dnn() is None
 
 
-def test_one_column_goes_node_by_node(taken: list[int]) -> None:
+def test_one_column_goes_node_by_node(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     x, u = torch.randn(3, 4, 5), nn.Parameter(torch.randn(5, 6))
     z = x @ u
     outputs = F.layer_norm(z, (6,)).softmax(-1) @ torch.randn(6, 2)
@@ -86,7 +105,29 @@ def test_one_column_goes_node_by_node(taken: list[int]) -> None:
     pulled = nodes.pull_back(outputs, [get_gradient_edge(z)], column)
     assert pulled is not None
     assert taken
-    close(pulled[0][0], torch.autograd.grad(outputs, z, column[0])[0].double())
+    close(pulled[0][0], torch.autograd.grad(outputs, z, column[0], retain_graph=True)[0].double())
+    monkeypatch.setattr(dense_products, "ENOUGH", outputs[..., 0].numel() * 6 * 2 + 1)  # one more than the product has
+    assert nodes.pull_back(outputs, [get_gradient_edge(z)], column) is None
+    assert nodes.pull_back(outputs, [get_gradient_edge(z)], column.expand(2, *outputs.shape)) is not None
+
+
+def test_graphs_of_mostly_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_products, "ENOUGH", 100)
+    start = torch.randn(4, 5, requires_grad=True)
+
+    def graph(*widths: int) -> list[object]:
+        x = start
+        for width in widths:
+            x = x @ torch.randn(x.shape[1], width)
+        return nodes.graph_behind(x)
+
+    assert dense_products.mostly_large(graph(5))  # 4 x 5 x 5
+    assert not dense_products.mostly_large(graph(4))
+    assert dense_products.mostly_large(graph(5, 1))
+    assert not dense_products.mostly_large(graph(5, 1, 1))
+    assert not dense_products.mostly_large(nodes.graph_behind(start.tanh()))
+    given = torch.randn(50, 50) @ nn.Parameter(torch.randn(50, 5))  # whose left factor has no derivative
+    assert not dense_products.mostly_large(nodes.graph_behind(given))
 
 
 class Block(nn.Module):

@@ -71,12 +71,31 @@ def test_results_are_right(name: str, channels: int) -> None:
     v = torch.randn(len(G))
     close(ours @ v, G @ v.double())
     close(ours.dense(), G)
-    F = reference.empirical_fisher(exact, LOSS, precise)
-    close(tc.EmpiricalFisher(model, LOSS, data).gram().trace(), F.trace())
+    blocks = {name: reference.gauss_newton(exact, LOSS, precise, only=[name]) for name, _ in exact.named_parameters()}
+    for name, block in ours.blocks().items():
+        close(block, blocks[name])
+    H = reference.hessian(exact, LOSS, precise)
+    close(tc.Hessian(model, LOSS, data) @ v, H @ v.double())
+    kronecker = tc.GaussNewton(exact, LOSS, precise).kronecker()  # in float64 the general way
+    for name, factors in ours.kronecker().items():
+        for found, truth in zip(factors, kronecker[name], strict=True):
+            close(found, truth)
+    rows = gradients(exact, *precise)
+    E = tc.EmpiricalFisher(model, LOSS, data)
+    close(E.gradient_norms(), rows.norm(dim=1))
+    close(E.gram(), rows @ rows.T / N)
+    close(E.dense(), reference.empirical_fisher(exact, LOSS, precise))
     J = reference.jacobian(exact, precise[0])
     close(tc.Jacobian(model, x).gram(), torch.einsum("ncp,mdp->ncmd", J, J))
     assert torch.equal(x, before[0])
     assert x.stride() == before[1]
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[N, P], of each sample's loss."""
+    losses = (LOSS(model(x[n : n + 1]), y[n : n + 1]) for n in range(len(x)))
+    rows = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
 def close(ours: Tensor, truth: Tensor) -> None:

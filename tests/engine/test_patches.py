@@ -144,3 +144,10 @@ def test_errors(change, message: str) -> None:
     seen, g, _ = draw(GEOMETRIES[0], 1, 2, 3, 4, torch.float32)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.torch_curvature.convolution_norms(*change(g, seen.images, seen.geometry), False)
+
+
+def test_jacobians_that_do_not_fit_are_refused() -> None:
+    """Before anything is allocated: a panel of outputs of 2^20 samples and 2^17 columns."""
+    g, images = torch.empty(1).expand(1 << 17, 1 << 20, 1, 1), torch.empty(1).expand(1 << 20, 1, 1, 1)
+    with pytest.raises(MemoryError, match=r"numbers take .* GiB are free: give smaller batches"):
+        Patches(images, [1, 1, 1, 1, 0, 0, 1, 1, 1, 1]).gram(g, None, False)

@@ -25,8 +25,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         information = tmp_path / "cpuinfo"
         if maker is not None:
             information.write_text(maker)
-        monkeypatch.setattr(processor.cache_bytes, "__defaults__", (tmp_path,))
-        monkeypatch.setattr(processor.products_half_wide, "__defaults__", (information,))
+        monkeypatch.setattr(processor, "_SYSTEM", tmp_path)
+        monkeypatch.setattr(processor, "_INFORMATION", information)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import torch_curvature as tc
 from torch_curvature import unfolding
+from torch_curvature.factors import Factor
+from torch_curvature.grams import gram
 from torch_curvature.layers import convolution
 from torch_curvature.matrices.dual import frobenius_from_gram
 from torch_curvature.patches import Patches
@@ -244,3 +246,37 @@ def test_the_dual_of_one_column(
         close(gram, rows @ rows.T)
         monkeypatch.setattr(matrix.budget, "working_bytes", lambda: 4 * 8 * 8)  # two samples at a time
         close(frobenius_from_gram(matrix), (rows @ rows.T).norm())
+
+
+@pytest.mark.parametrize("samples", [(3, 5), (4, 4)])
+def test_biases_of_one_position_between_batches(samples: tuple[int, int]) -> None:
+    """A convolution as large as its images, of few outputs: its Jacobian is formed, its bias's apart."""
+    factors, rows = [], []
+    for N in samples:
+        images, g = torch.randn(N, 3, 4, 4), torch.randn(1, N, 1, 2)
+        a = torch.nn.functional.unfold(images, 4).mT
+        patches = Patches(images, [4, 4, 1, 1, 0, 0, 1, 1, 1, 1])
+        input = unfolding.Unfolding(a.shape, lambda start, stop, a=a: a[start:stop], lambda a=a: a, 8, patches)
+        weight = Factor(g, input, torch.Size([2, 3, 4, 4]))
+        factors.append(weight.with_bias("bias", lambda a=a: torch.cat([a, a.new_ones(len(a), 1, 1)], 2)))
+        assert unfolding.smaller_formed(factors[-1])
+        rows.append(torch.cat([(g.mT @ a).flatten(2), g.sum(2)], 2))
+    for left in (0, 1):
+        for right in (0, 1):
+            found = gram(factors[left], factors[right])
+            close(found, torch.einsum("vnp,wmp->vnwm", rows[left], rows[right]))
+
+
+def test_two_batches_of_images_as_large_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfolding, "PART_BYTES", 1)
+    model, loss = nn.Sequential(nn.Conv2d(3, 2, 5), nn.Flatten()), nn.CrossEntropyLoss()
+    data = [(torch.randn(N, 3, 5, 5), torch.randint(2, (N,))) for N in (3, 4)]
+    gradients = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss(model(x[n : n + 1]), y[n : n + 1]), model.parameters())]
+        )
+        for x, y in data
+        for n in range(len(x))
+    ]
+    J = torch.stack(gradients)
+    close(tc.EmpiricalFisher(model, loss, data).gram(), J @ J.T / 7)

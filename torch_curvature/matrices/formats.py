@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
+from torch.nn.modules import module as of_all_modules
 
 from ..ops.routing import takes_helpers
 
@@ -17,7 +17,7 @@ INDIFFERENT = frozenset({
     nn.Sigmoid, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d,
 })  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_EVERYWHERE = tuple(getattr(every_module, f"_global{kind}") for kind in _HOOKS)
+_EVERYWHERE = tuple(getattr(of_all_modules, f"_global{kind}") for kind in _HOOKS)
 
 
 def in_faster_format(model: nn.Module, images: Tensor) -> Tensor:
@@ -47,11 +47,10 @@ def is_indifferent(model: nn.Module) -> bool:
     return False
 
 
-def _in_order(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a sequence runs, one by one; for one with hooks or a forward of its own, and what is in it, a
-    bare module, which is none of those above."""
+def _in_order(module: nn.Module) -> Iterator[nn.Module | None]:
+    """The modules that a sequence runs, one by one; None for one with hooks, or a forward, of the user's own."""
     if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
-        yield nn.Module()
+        yield None
     elif type(module) is nn.Sequential:
         for child in module._modules.values():
             if child is not None:

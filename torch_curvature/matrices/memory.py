@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from ..ops.pages import in_large_pages
-
-GIB = 1 << 30
+from ..ops.pages import GIB, free_bytes, in_large_pages
 
 
 def large_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     """Memory [rows, columns] that is not filled yet."""
     return in_large_pages(like, rows, columns)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as report:
-            for line in report:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 8 * GIB
 
 
 class Budget:
